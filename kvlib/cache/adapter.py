@@ -1,0 +1,110 @@
+"""The only door to transformers' cache API: a `Cache` made of layers that read a store."""
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
+
+MODEL_TYPES = ("gpt2", "llama", "qwen2")
+
+
+def check_model(config: PretrainedConfig) -> None:
+    """Raise ValueError for an architecture that these caches have not been tested on."""
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(f"kvlib cache: expected a model of type {', '.join(MODEL_TYPES)}, got {config.model_type!r}.")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError("kvlib cache: this model has sliding-window layers; load it with use_sliding_window=False.")
+
+
+class KVLayer(CacheLayerMixin):
+    """One model layer's view of the cache: its own store, or the store of the layer whose cache it shares.
+
+    `n_seen` counts the tokens the layer has processed and gives their positions. A layer that does not write its
+    store reads what the owner, an earlier layer, has just written there. `update` returns the layer itself in place of
+    key and value; the attention function asks its store.
+    """
+
+    is_sliding, is_compileable, is_croppable = False, False, True
+
+    def __init__(self, store, writes: bool = True):
+        super().__init__()
+        self.store, self.writes = store, writes
+        self.n_seen = self.n_attended = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Store the keys and values [B, H_kv, t, D] of new tokens."""
+        self.is_initialized = True
+        if self.writes:
+            self.store.append(key_states, value_states)
+        self.n_seen += key_states.shape[2]
+        return self, self
+
+    @property
+    def shape(self):
+        raise ValueError("kvlib cache: run the model inside `with attention_through_cache(model):`, so that it reads the cache.")
+
+    def get_seq_length(self) -> int:
+        return self.n_seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.n_seen + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest |tokens_to_remove| tokens."""
+        self.n_seen = max(self.n_seen - abs(int(tokens_to_remove)), 0)
+        if self.writes:
+            for buffer in self.store.buffers:
+                buffer.crop(self.n_seen)
+
+    def _select(self, rows: Tensor) -> None:
+        if self.writes:
+            for buffer in self.store.buffers:
+                buffer.select(rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        room = self.store.buffers[0].room
+        if room is not None:
+            self._select(torch.arange(len(room)).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        self.n_seen = self.n_attended = 0
+        if self.writes:
+            for buffer in self.store.buffers:
+                buffer.reset()
+
+    def offload(self) -> None:
+        raise ValueError("kvlib cache: offloading is not supported; build the cache without it.")
+
+    prefetch = offload
+
+
+class KVCache(Cache):
+    """A transformers cache whose layers read kvlib stores; give it to `model.generate(past_key_values=...)`.
+
+    Run the model inside `attention_through_cache(model)`.
+    """
+
+    def __init__(self, layers: list[KVLayer]):
+        super().__init__(layers=layers)
+
+
+PEERS = ("DynamicCache", "StaticCache")
+
+
+def transformers_cache(name: str, config: PretrainedConfig, capacity_tokens: int) -> Cache:
+    """A fresh cache of transformers' own, to measure against."""
+    if name == "StaticCache":
+        return StaticCache(config=config, max_cache_len=capacity_tokens)
+    return DynamicCache(config=config)

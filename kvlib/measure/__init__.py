@@ -1,0 +1,1 @@
+"""Measurements: time, memory, phases, rooflines, quality, retrieval, capacity."""

@@ -1,0 +1,65 @@
+"""How long generation takes: time to first token (TTFT), time per output token (TPOT), and the whole."""
+
+import numpy as np
+
+from kvlib.cache.adapter import PEERS
+from kvlib.cache.attention import attention_through_cache
+from kvlib.measure.clock import milliseconds, spread
+from kvlib.measure.decoder import Decoder, prompt_ids, warm_up
+from kvlib.measure.memory import held_bytes
+from kvlib.model.load import Model
+
+
+def measure_generation(
+    model: Model, method: str, totals: list[int], prompt_tokens: int = 16, window: int = 16, **options
+) -> list[dict[str, float]]:
+    """Generate from a short prompt to the longest of `totals`; one row for each total length T.
+
+    -> total_tokens, total_ms from the prompt to T, ttft_ms, tpot_ms with quartiles over the `window` steps before T.
+    """
+    model.check_context(max(totals))
+    if min(totals) < prompt_tokens + window:
+        raise ValueError(f"total_tokens: expected at least {prompt_tokens + window}, got {min(totals)}.")
+    with attention_through_cache(model.network):
+        warm_up(model, method)
+        decoder = Decoder(model, method, prompt_ids(model, prompt_tokens), max(totals), **options)
+        times = [milliseconds(model.device, decoder.step) for _ in range(max(totals) - prompt_tokens)]
+    rows = []
+    for total in totals:
+        steps = times[: total - prompt_tokens]
+        rows.append({"total_tokens": total, "total_ms": sum(steps), "ttft_ms": times[0], **spread(steps[-window:], "tpot_ms")})
+    return rows
+
+
+def measure_decode(
+    model: Model, methods: list[str], context_tokens: int, batch: int = 1, n_steps: int = 16, **options
+) -> list[dict[str, float]]:
+    """TTFT of a prompt and TPOT at its end, all methods in one process, taking turns step by step; one row each.
+
+    -> method, ttft_ms, tpot_ms with quartiles, tpot_x (over the first method's, step by step) with quartiles,
+    tokens_per_s over the batch, held_bytes. The prompt is `context_tokens - n_steps` long, so the last step sees
+    `context_tokens`.
+    """
+    model.check_context(context_tokens)
+    prompt = prompt_ids(model, context_tokens - n_steps, batch)
+    with attention_through_cache(model.network):
+        for method in methods:
+            warm_up(model, method, batch)
+        decoders = {m: Decoder(model, m, prompt, context_tokens, **(options if m not in PEERS else {})) for m in methods}
+        ttft = {m: milliseconds(model.device, decoder.step) for m, decoder in decoders.items()}
+        times = {m: [] for m in methods}
+        for _ in range(n_steps):
+            for m, decoder in decoders.items():
+                times[m].append(milliseconds(model.device, decoder.step))
+    first = np.array(times[methods[0]])
+    return [
+        {
+            "method": m,
+            "ttft_ms": ttft[m],
+            **spread(times[m], "tpot_ms"),
+            **spread(list(np.array(times[m]) / first), "tpot_x"),
+            "tokens_per_s": 1e3 * batch / float(np.median(times[m])),
+            "held_bytes": held_bytes(decoders[m].cache),
+        }
+        for m in methods
+    ]

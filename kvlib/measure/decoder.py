@@ -1,0 +1,53 @@
+"""One batch being decoded, a step at a time, with any method: what every measurement of time and bytes runs."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlib.cache.adapter import PEERS, transformers_cache
+from kvlib.cache.methods import build_cache
+from kvlib.model import corpus
+from kvlib.model.load import Model
+
+WARM_UP_STEPS = 3
+
+
+def prompt_ids(model: Model, n_tokens: int, batch: int = 1, seed: int = 0) -> Tensor:
+    """[B, n] ids: stretches of held-out text, or random ids for a model without a tokenizer (time does not depend on them)."""
+    rng = np.random.default_rng(seed)
+    if model.weights == "random":
+        return torch.from_numpy(rng.integers(0, model.spec.vocabulary, (batch, n_tokens))).to(model.device)
+    ids = model.encode(corpus.held_out_text())
+    starts = rng.integers(0, len(ids) - n_tokens, batch)
+    return torch.tensor([ids[start : start + n_tokens] for start in starts], device=model.device)
+
+
+class Decoder:
+    """Greedy decoding of one batch with one method, a step at a time; use it inside `attention_through_cache`.
+
+    `method` is one of METHODS, or one of transformers' own caches in PEERS.
+    """
+
+    def __init__(self, model: Model, method: str, ids: Tensor, capacity_tokens: int, **options):
+        self.network, self.ids = model.network, ids
+        if method in PEERS:
+            self.cache = transformers_cache(method, model.network.config, capacity_tokens)
+        else:
+            self.cache = build_cache(method, model.network, capacity_tokens=capacity_tokens, **options)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Read what is new (at first the whole prompt) and append the likeliest next token to `ids` [B, n]."""
+        if self.cache is None:
+            logits = self.network(self.ids, use_cache=False, logits_to_keep=1).logits
+        else:
+            new = self.ids[:, self.cache.get_seq_length() :]
+            logits = self.network(new, past_key_values=self.cache, logits_to_keep=1).logits
+        self.ids = torch.cat([self.ids, logits[:, -1:].argmax(-1)], 1)
+
+
+def warm_up(model: Model, method: str, batch: int = 1) -> None:
+    """A few steps that nobody times."""
+    decoder = Decoder(model, method, prompt_ids(model, 16, batch), 16 + WARM_UP_STEPS)
+    for _ in range(WARM_UP_STEPS):
+        decoder.step()

@@ -1,0 +1,1 @@
+"""Which model, which text, and how the bundled models were made."""

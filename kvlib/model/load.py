@@ -1,0 +1,183 @@
+"""Which model: a bundled one, a local folder or hub name, or published dimensions with random weights."""
+
+import copy
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from kvlib import paths
+from kvlib.cache.attention import attention_backend
+from kvlib.model.bundled import RECIPES
+from kvlib.model.corpus import END_OF_TEXT
+from kvlib.spec import ModelSpec
+
+PUBLISHED = {
+    "gpt2-medium": dict(model_type="gpt2", n_layer=24, n_embd=1024, n_head=16),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str = "auto") -> str:
+    """"cpu" or "cuda"; "auto" takes the GPU where there is one. Raises ValueError for a device that is not here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees no GPU here; use --device cpu.")
+    return device
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """The torch dtype of this name; "auto" is bfloat16 on a GPU and float32 on a CPU. Raises ValueError for others."""
+    if dtype == "auto":
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}; got {dtype!r}.")
+    return DTYPES[dtype]
+
+
+def has_fast_bf16(device: str) -> bool:
+    """True where bf16 matrix products are faster than fp32 ones."""
+    return device == "cuda" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def device_name(device: str) -> str:
+    """The processor in words, as rows record it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def build(config: dict) -> PreTrainedModel:
+    """A model of this architecture with random fp32 weights; `config` holds `model_type` and its dimensions."""
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+
+
+def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A transformers tokenizer around one from the tokenizers library."""
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def save(network: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a model in hub format: bf16 weights as safetensors, config, tokenizer."""
+    copy.deepcopy(network).to(torch.bfloat16).save_pretrained(folder)
+    wrap(tokenizer).save_pretrained(folder)
+
+
+@dataclass
+class Model:
+    """A model to measure, opened but not yet loaded: weights are read when `network` is first used.
+
+    `source` is a folder or hub name, or None for random weights in published dimensions; `weights` says which, in the
+    word that every row records: trained-small, pretrained or random.
+    """
+
+    name: str
+    source: str | None
+    weights: str
+    device: str
+    dtype: torch.dtype
+    seed: int = 0
+
+    @cached_property
+    def network(self) -> PreTrainedModel:
+        """The transformers model, in evaluation mode on its device."""
+        if self.source is None:
+            torch.manual_seed(self.seed)
+            network = build(PUBLISHED[self.name]).to(self.dtype)
+        else:
+            network = AutoModelForCausalLM.from_pretrained(
+                self.source, dtype=self.dtype, use_safetensors=True, trust_remote_code=False
+            )
+        return network.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def tokenizer(self):
+        """The model's own tokenizer. Raises ValueError for random weights, which have no text to read."""
+        if self.source is None:
+            raise ValueError(f"{self.name}: random weights have no tokenizer; name a folder that holds the model.")
+        return AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The dimensions that bytes and FLOPs follow from."""
+        return ModelSpec.of(self.network)
+
+    @property
+    def context_limit(self) -> int:
+        """Positions that the model has."""
+        return self.network.config.max_position_embeddings
+
+    def check_context(self, tokens: int) -> None:
+        """Raise ValueError if a context of this many tokens is longer than the model allows."""
+        if tokens > self.context_limit:
+            raise ValueError(f"{self.name}: a context of {tokens} tokens was asked for, but the model allows {self.context_limit}.")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def about(self) -> dict[str, str]:
+        """The provenance that every row carries."""
+        return {
+            "model": self.name,
+            "weights": self.weights,
+            "device": device_name(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": attention_backend(self.device, self.dtype),
+        }
+
+
+def open_model(name: str, *, device: str = "auto", dtype: str = "auto", seed: int = 0) -> Model:
+    """Find a model by bundled name, local folder, or hub name, and check all that can be checked before long work.
+
+    A name in `PUBLISHED` whose weights cannot be had gets random ones, and says so: good for time and bytes only.
+    Raises ValueError for a missing or corrupt checkpoint, a device or dtype that is not here, or an unknown name.
+    """
+    device = pick_device(device)
+    found = dict(device=device, dtype=pick_dtype(dtype, device), seed=seed)
+    if name in RECIPES:
+        return Model(name, str(check_bundle(paths.MODELS / name)), "trained-small", **found)
+    if os.path.sep in name and Path(name).is_dir():
+        folder = Path(name)
+        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+            raise ValueError(f"{name}: expected a folder with config.json and *.safetensors; this one lacks one of them.")
+        return Model(folder.resolve().name, str(folder.resolve()), "pretrained", **found)
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return Model(name, name, "pretrained", **found)
+    except (OSError, ValueError):
+        if name not in PUBLISHED:
+            raise ValueError(
+                f"model_name: {name!r} is neither bundled ({', '.join(RECIPES)}), nor a local folder, nor a hub name that "
+                "can be reached from here; name a folder that holds config.json and *.safetensors."
+            ) from None
+        print(f"{name}: no weights can be had here, so they are random: time and bytes only, no quality.", flush=True)
+        return Model(name, None, "random", **found)
+
+
+def check_bundle(folder: Path) -> Path:
+    """The folder itself, if its checkpoint is there and matches the checksum in its card; else raise ValueError."""
+    weights, card = folder / "model.safetensors", folder / "card.json"
+    if not weights.is_file() or not card.is_file():
+        raise ValueError(f"{folder}: no checkpoint here; restore it from git or run `python -m kvlib.model.train {folder.name}`.")
+    if sha256(weights) != json.loads(card.read_text())["sha256"]:
+        raise ValueError(f"{weights}: corrupt, its checksum differs from the card's; restore it from git.")
+    return folder
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""Recorded rows, and the figures, tables and summary numbers drawn from them."""

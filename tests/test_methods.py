@@ -1,0 +1,258 @@
+"""Every method in the table keeps the contract with transformers, on every architecture.
+
+Tolerances: fp32 logits of these 4-layer models differ by accumulated rounding only, some tens of ulp of values around 10
+(1e-6 each), hence 1e-4 where the same numbers are summed in another order, and exact equality where they are not.
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_network
+from transformers import DynamicCache
+
+from kvlib.cache.attention import attention_through_cache
+from kvlib.cache.methods import METHODS, build_cache, get_method
+from kvlib.measure.memory import held_bytes
+from kvlib.spec import ModelSpec
+from kvlib.spec import held_bytes as predicted_held_bytes
+
+CACHED = [name for name, method in METHODS.items() if method.store]
+LOSSLESS = ["v1"]
+DENSE_COUNTERPART = {"v2": "v1", "v4": "v3"}
+CLOSE = dict(rtol=0, atol=1e-4)
+torch.set_grad_enabled(False)
+
+
+def random_ids(batch: int, n_tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, 128, (batch, n_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def read(network, ids, cache, pieces=None, **kwargs):
+    """Logits of ids read through the cache in pieces of the given sizes (default: at once)."""
+    with attention_through_cache(network):
+        parts = ids.split(pieces or ids.shape[1], dim=1)
+        return torch.cat([network(part, past_key_values=cache, **kwargs).logits for part in parts], 1)
+
+
+def generate(network, ids, cache, **kwargs):
+    with attention_through_cache(network):
+        return network.generate(ids, past_key_values=cache, max_new_tokens=12, min_new_tokens=12, pad_token_id=0, **{"do_sample": False} | kwargs)
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_lossless_methods_equal_plain_attention(network, name):
+    ids = random_ids(2, 40)
+    torch.testing.assert_close(read(network, ids, build_cache(name, network)), network(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_tokens_at_once_equal_tokens_one_at_a_time(network, name):
+    ids = random_ids(2, 30)
+    at_once = read(network, ids, build_cache(name, network))
+    stepwise = read(network, ids, build_cache(name, network), pieces=[12, 9] + [1] * 9)
+    tolerance = CLOSE["atol"]
+    if name in DENSE_COUNTERPART:  # another order of sums may round a value to the neighbouring code, a few of all
+        dense = read(network, ids, build_cache(DENSE_COUNTERPART[name], network))
+        tolerance = (at_once - dense).abs().max().item() / 2
+    torch.testing.assert_close(stepwise, at_once, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_the_attention_function_ran_on_every_layer(network, name):
+    cache = build_cache(name, network)
+    read(network, random_ids(1, 8), cache, pieces=[5, 1, 1, 1])
+    assert [layer.n_attended for layer in cache.layers] == [4] * network.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("capacity", [0, 50])
+def test_held_bytes_equal_the_closed_form(network, name, capacity):
+    cache = build_cache(name, network, capacity_tokens=capacity)
+    read(network, random_ids(3, 20), cache)
+    room = capacity or cache.layers[0].store.key.room.shape[2]
+    assert held_bytes(cache) == predicted_held_bytes(ModelSpec.of(network), name, 3, room)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_keys_are_stored_per_kv_head(network, name):
+    cache = build_cache(name, network)
+    read(network, random_ids(1, 5), cache)
+    assert cache.layers[0].store.key.room.shape[1] == ModelSpec.of(network).n_kv_heads
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_left_padded_batch_equals_single_sequences(network, name):
+    short, long = random_ids(1, 9, seed=1), random_ids(1, 14, seed=2)
+    padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1), long])
+    mask = (torch.arange(14)[None] >= torch.tensor([[5], [0]])).long()
+    together = generate(network, padded, build_cache(name, network), attention_mask=mask)
+    for row, ids in ((0, short), (1, long)):
+        alone = generate(network, ids, build_cache(name, network))
+        assert together[row, 14:].tolist() == alone[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_two_prompts_through_one_object_equal_two_fresh_objects(network, name):
+    cache = build_cache(name, network)
+    read(network, random_ids(2, 25, seed=3), cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and held_bytes(cache) == 0
+    ids = random_ids(1, 17, seed=4)
+    torch.testing.assert_close(read(network, ids, cache), read(network, ids, build_cache(name, network)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize(
+    "how", [dict(), dict(num_beams=3), dict(prefill_chunk_size=8), dict(num_beams=2, num_return_sequences=2)], ids=str
+)
+def test_generate_equals_transformers_cache(network, name, how):
+    ids = random_ids(2, 20)
+    ours, theirs = generate(network, ids, build_cache(name, network), **how), network.generate(
+        ids, past_key_values=DynamicCache(config=network.config), max_new_tokens=12, min_new_tokens=12, pad_token_id=0, do_sample=False, **how
+    )
+    assert ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_assisted_decoding_equals_plain_greedy(network, name):
+    ids = random_ids(1, 8).repeat(1, 3)  # repetitions, so that prompt lookup proposes tokens, and crops some
+    looked_up = generate(network, ids, build_cache(name, network), prompt_lookup_num_tokens=3)
+    assert looked_up.tolist() == generate(network, ids, build_cache(name, network)).tolist()
+
+
+@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("how", [dict(num_beams=3), dict(do_sample=True, num_return_sequences=3)], ids=str)
+def test_beams_and_samples_run_to_their_length(network, name, how):
+    torch.manual_seed(0)
+    out = generate(network, random_ids(2, 10), build_cache(name, network), **how)
+    assert out.shape == (2 * how.get("num_return_sequences", 1), 22)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_crop_forgets_the_newest_tokens(network, name):
+    ids, cache = random_ids(1, 20), build_cache(name, network)
+    read(network, ids, cache)
+    cache.crop(-6)
+    assert cache.get_seq_length() == 14
+    fresh = build_cache(name, network)
+    read(network, ids[:, :14], fresh)
+    more = random_ids(1, 4, seed=9)
+    torch.testing.assert_close(read(network, more, cache), read(network, more, fresh), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_batch_operations_move_whole_sequences(network, name):
+    ids, more = random_ids(3, 10), random_ids(3, 4, seed=5)
+    cache = build_cache(name, network)
+    read(network, ids, cache)
+    expected = read(network, more, copy.deepcopy(cache))
+
+    repeated = copy.deepcopy(cache)
+    repeated.batch_repeat_interleave(2)
+    torch.testing.assert_close(read(network, more.repeat_interleave(2, 0), repeated), expected.repeat_interleave(2, 0), **CLOSE)
+
+    picked = torch.tensor([2, 0])
+    for operation in ("batch_select_indices", "reorder_cache"):
+        selected = copy.deepcopy(cache)
+        getattr(selected, operation)(picked)
+        torch.testing.assert_close(read(network, more[picked], selected), expected[picked], **CLOSE)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_deep_copy_leads_its_own_life(network, name):
+    cache = build_cache(name, network)
+    read(network, random_ids(1, 10), cache)
+    fork, more = copy.deepcopy(cache), random_ids(1, 5, seed=6)
+    expected = read(network, more, copy.deepcopy(cache))
+    read(network, random_ids(1, 7, seed=7), fork)
+    assert (cache.get_seq_length(), fork.get_seq_length()) == (10, 17)
+    torch.testing.assert_close(read(network, more, cache), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_several_turns_on_one_cache_equal_one_long_prompt(network, name):
+    cache = build_cache(name, network)
+    first_turn = generate(network, random_ids(1, 10), cache)
+    second = torch.cat([first_turn, random_ids(1, 5, seed=8)], 1)
+    continued = generate(network, second, cache)
+    assert continued.tolist() == generate(network, second, build_cache(name, network)).tolist()
+
+
+def test_bf16_keeps_to_fp32_within_its_precision():
+    network = tiny_network("qwen2", torch.bfloat16)
+    ids = random_ids(1, 30)
+    truth = tiny_network("qwen2")(ids).logits
+    plain = (network(ids).logits.float() - truth).abs().max()
+    ours = (read(network, ids, build_cache("v1", network)).float() - truth).abs().max()
+    assert ours <= 2 * plain
+
+
+def test_followers_store_nothing_and_read_their_owner(network):
+    cache = build_cache("v3", network)
+    read(network, random_ids(1, 6), cache)
+    layers = cache.layers
+    assert all(layers[i].store is layers[i - i % 2].store for i in range(4))
+    assert held_bytes(cache) == held_bytes([layers[0].store, layers[2].store])
+
+
+def test_groups_of_one_layer_change_nothing(network):
+    ids = random_ids(1, 20)
+    shared = read(network, ids, build_cache("v3", network, layers_per_group=1))
+    torch.testing.assert_close(shared, read(network, ids, build_cache("v1", network)), rtol=0, atol=0)
+
+
+def test_the_model_is_unchanged_afterwards_even_after_an_exception(network):
+    config, ids = network.config, random_ids(1, 10)
+    before, choice = network(ids).logits, config._attn_implementation
+    with pytest.raises(KeyError), attention_through_cache(network):
+        assert network.config is not config and network.config._attn_implementation == "kvlib"
+        raise KeyError("stop")
+    assert network.config is config and config._attn_implementation == choice
+    torch.testing.assert_close(network(ids).logits, before, rtol=0, atol=0)
+
+
+def test_two_models_of_one_config_keep_their_own_attention():
+    from transformers import AutoModelForCausalLM
+
+    first = tiny_network("gpt2")
+    second = AutoModelForCausalLM.from_config(first.config)
+    with attention_through_cache(first):
+        assert first.config._attn_implementation == "kvlib" != second.config._attn_implementation
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_without_the_context_manager_the_cache_says_what_to_do(network, name):
+    with pytest.raises(ValueError, match="attention_through_cache"):
+        network(random_ids(1, 5), past_key_values=build_cache(name, network))
+
+
+def test_what_cannot_be_done_is_refused_by_name(network):
+    with pytest.raises(ValueError, match="expected one of v0, v1, .*'v9'"):
+        get_method("v9")
+    with pytest.raises(ValueError, match="layers_per_group"):
+        build_cache("v1", network, layers_per_group=2)
+    with pytest.raises(ValueError, match="expected 1 to 4"):
+        build_cache("v3", network, layers_per_group=5)
+    with pytest.raises(ValueError, match="offloading"):
+        build_cache("v1", network).layers[0].offload()
+
+
+def test_attention_weights_are_refused_or_absent_but_never_made_up(network):
+    with attention_through_cache(network):
+        try:
+            out = network(random_ids(1, 5), past_key_values=build_cache("v1", network), output_attentions=True)
+        except ValueError as error:
+            assert "output_attentions" in str(error)
+        else:
+            assert all(weights is None for weights in out.attentions or ())
+
+
+def test_an_unknown_architecture_is_refused_by_name():
+    from transformers import AutoConfig
+
+    with pytest.raises(ValueError, match="gpt2, llama, qwen2.*'opt'"):
+        build_cache("v1", AutoConfig.for_model("opt"))
+    windowed = AutoConfig.for_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    with pytest.raises(ValueError, match="sliding"):
+        build_cache("v1", windowed)
