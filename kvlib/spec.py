@@ -63,7 +63,7 @@ def held_bytes(spec: ModelSpec, method: str, batch: int, tokens: int, layers_per
 def step_workspace_bytes(spec: ModelSpec, method: str, batch: int, tokens: int) -> int:
     """Bytes a decode step needs besides the cache, in its larger moment: attention of one layer, or MLP and logits.
 
-    A naive quantised store materialises one layer's keys and values, and for one head at a time an fp32 product.
+    A naive quantised store materialises one layer's keys and values and, a head at a time, its codes in fp32 and their product.
     """
     activations = batch * spec.dtype.itemsize * (4 * spec.hidden + spec.mlp_matrices * spec.mlp_hidden)
     logits = batch * spec.vocabulary * spec.dtype.itemsize
@@ -71,10 +71,12 @@ def step_workspace_bytes(spec: ModelSpec, method: str, batch: int, tokens: int) 
     if chosen.store is None or not chosen.store.materialises:
         return max(activations, logits)
     head = batch * tokens * spec.head_dim
-    return 2 * spec.n_kv_heads * head * spec.dtype.itemsize + head * 4
+    return 2 * spec.n_kv_heads * head * spec.dtype.itemsize + 2 * head * 4
 
 
-def forward_flops(spec: ModelSpec, batch: int, new_tokens: int, past_tokens: int = 0, logit_tokens: int = 1) -> dict[str, int]:
+def forward_flops(
+    spec: ModelSpec, batch: int, new_tokens: int, past_tokens: int = 0, logit_tokens: int = 1
+) -> dict[str, int]:
     """Matrix-product FLOPs (2 per multiply-add) of one forward pass, by phase.
 
     Attention is counted over all `past + new` keys for every query, as the dense products are; a causal kernel may
@@ -113,7 +115,9 @@ def decode_step_bytes(spec: ModelSpec, method: str, batch: int, context: int) ->
     return weights + readers * (stored + 2 * dense * chosen.store.materialises)
 
 
-def fewest_step_ms(spec: ModelSpec, method: str, batch: int, context: int, flops_per_s: float, bytes_per_s: float) -> float:
+def fewest_step_ms(
+    spec: ModelSpec, method: str, batch: int, context: int, flops_per_s: float, bytes_per_s: float
+) -> float:
     """The roofline's floor for one decode step in ms, given the machine's measured ceilings."""
     compute = decode_step_flops(spec, method, batch, context) / flops_per_s
     return 1e3 * max(compute, decode_step_bytes(spec, method, batch, context) / bytes_per_s)

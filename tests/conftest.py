@@ -21,7 +21,9 @@ TINY = {
 def tiny_network(architecture: str, dtype: torch.dtype = torch.float32):
     """A fresh 4-layer model with random weights, large enough to make attention matter."""
     torch.manual_seed(0)
-    network = load.build(TINY[architecture] | dict(vocab_size=128, bos_token_id=0, eos_token_id=0, initializer_range=0.2))
+    network = load.build(
+        TINY[architecture] | dict(vocab_size=128, bos_token_id=0, eos_token_id=0, initializer_range=0.2)
+    )
     return network.to(dtype).eval().requires_grad_(False)
 
 

@@ -37,7 +37,14 @@ def read(network, ids, cache, pieces=None, **kwargs):
 
 def generate(network, ids, cache, **kwargs):
     with attention_through_cache(network):
-        return network.generate(ids, past_key_values=cache, max_new_tokens=12, min_new_tokens=12, pad_token_id=0, **{"do_sample": False} | kwargs)
+        return network.generate(
+            ids,
+            past_key_values=cache,
+            max_new_tokens=12,
+            min_new_tokens=12,
+            pad_token_id=0,
+            **{"do_sample": False} | kwargs,
+        )
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
@@ -99,7 +106,9 @@ def test_two_prompts_through_one_object_equal_two_fresh_objects(network, name):
     cache.reset()
     assert cache.get_seq_length() == 0 and held_bytes(cache) == 0
     ids = random_ids(1, 17, seed=4)
-    torch.testing.assert_close(read(network, ids, cache), read(network, ids, build_cache(name, network)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        read(network, ids, cache), read(network, ids, build_cache(name, network)), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
@@ -108,8 +117,17 @@ def test_two_prompts_through_one_object_equal_two_fresh_objects(network, name):
 )
 def test_generate_equals_transformers_cache(network, name, how):
     ids = random_ids(2, 20)
-    ours, theirs = generate(network, ids, build_cache(name, network), **how), network.generate(
-        ids, past_key_values=DynamicCache(config=network.config), max_new_tokens=12, min_new_tokens=12, pad_token_id=0, do_sample=False, **how
+    ours, theirs = (
+        generate(network, ids, build_cache(name, network), **how),
+        network.generate(
+            ids,
+            past_key_values=DynamicCache(config=network.config),
+            max_new_tokens=12,
+            min_new_tokens=12,
+            pad_token_id=0,
+            do_sample=False,
+            **how,
+        ),
     )
     assert ours.tolist() == theirs.tolist()
 
@@ -150,7 +168,9 @@ def test_batch_operations_move_whole_sequences(network, name):
 
     repeated = copy.deepcopy(cache)
     repeated.batch_repeat_interleave(2)
-    torch.testing.assert_close(read(network, more.repeat_interleave(2, 0), repeated), expected.repeat_interleave(2, 0), **CLOSE)
+    torch.testing.assert_close(
+        read(network, more.repeat_interleave(2, 0), repeated), expected.repeat_interleave(2, 0), **CLOSE
+    )
 
     picked = torch.tensor([2, 0])
     for operation in ("batch_select_indices", "reorder_cache"):

@@ -44,7 +44,9 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def shape(self):
-        raise ValueError("kvlib cache: run the model inside `with attention_through_cache(model):`, so that it reads the cache.")
+        raise ValueError(
+            "kvlib cache: run the model inside `with attention_through_cache(model):`, so that it reads the cache."
+        )
 
     def get_seq_length(self) -> int:
         return self.n_seen

@@ -61,9 +61,13 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     T, D] of a model run without one. Attention weights are never formed: asking for them raises ValueError.
     """
     if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions: a kvlib cache forms no attention weights; load the model with eager attention.")
+        raise ValueError(
+            "output_attentions: a kvlib cache forms no attention weights; load the model with eager attention."
+        )
     if isinstance(key, Tensor):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     key.n_attended += 1
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return key.store.attend(query, attention_mask, scaling).transpose(1, 2).contiguous(), None

@@ -1,6 +1,5 @@
 """A tensor that grows along its tokens without copying the past at every step."""
 
-import torch
 from torch import Tensor
 
 SLACK_TOKENS = 128

@@ -1,6 +1,6 @@
 """INT8 as the paper first built it: quantised and dequantised in Python, head by head, at every step.
 
-Slow on purpose: it shows what the bytes cost when no kernel reads the codes. The bytes are real: int8 codes and fp16
+Slow on purpose: it shows what the bytes cost when no kernel reads the codes. The bytes are real: int8 codes and bf16
 scales are all that is kept between steps.
 """
 
@@ -13,7 +13,7 @@ from kvlib.cache.quant import dequantize_int8, quantize_int8
 
 
 class NaiveInt8Store:
-    """Keys and values of one layer as int8 codes with one fp16 scale per token and KV head."""
+    """Keys and values of one layer as int8 codes with one bf16 scale per token and KV head."""
 
     materialises = True  # does attention first write a dense copy of what is stored?
 

@@ -36,7 +36,11 @@ def get_method(name: str) -> Method:
 
 
 def build_cache(
-    name: str, model: PreTrainedModel | PretrainedConfig, *, layers_per_group: int | None = None, capacity_tokens: int = 0
+    name: str,
+    model: PreTrainedModel | PretrainedConfig,
+    *,
+    layers_per_group: int | None = None,
+    capacity_tokens: int = 0,
 ) -> KVCache | None:
     """A fresh cache of this method for this model; None for `v0`, which has none.
 

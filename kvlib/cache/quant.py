@@ -3,22 +3,22 @@
 import torch
 from torch import Tensor
 
-SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16 number
+SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
 
 
 def quantize_int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Symmetric int8 codes and scales along `dim` (-1: one scale per token, -2: one per channel).
 
-    x [B, H_kv, T, D] -> codes int8 [B, H_kv, T, D], scale fp16 with `dim` reduced to 1. Codes are made with the scale
-    as stored, so |x - codes * scale| <= scale / 2 whatever its rounding: a scale rounded down by 2^-11 saturates the
-    largest value at 127, 0.06 of a step away. Raises ValueError unless x is 4-D and floating, finite, and below the
-    8.3e6 that an fp16 scale reaches.
+    x [B, H_kv, T, D] -> codes int8 [B, H_kv, T, D], scale bf16 with `dim` reduced to 1. Codes are made with the scale as
+    stored, so |x - codes * scale| <= scale / 2 whatever its rounding: a scale rounded down by 2^-9 saturates the largest
+    value at 127, a quarter of a step away. bf16 has fp32's range; an fp16 scale of the same size would overflow at 8e6
+    and lose its digits below 1e-2. Raises ValueError unless x is 4-D, floating and finite.
     """
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"quantize_int8: expected floating x [B, H_kv, T, D], got {x.dtype} {tuple(x.shape)}.")
-    scale = (x.abs().amax(dim, keepdim=True).float() / 127).clamp_min(SMALLEST_SCALE).half()
+    scale = (x.abs().amax(dim, keepdim=True).float() / 127).clamp_min(SMALLEST_SCALE).bfloat16()
     if not torch.isfinite(scale).all():
-        raise ValueError("quantize_int8: x holds NaN, infinity or magnitudes over 8.3e6; look at what the model computed.")
+        raise ValueError("quantize_int8: x holds NaN or infinity; look at what the model computed.")
     codes = (x.float() / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
     return codes, scale
 

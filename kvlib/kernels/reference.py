@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def reference_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
     """Softmax attention of the newest queries over all keys, step by step in float64.
 
     query [B, H, t, D], key and value [B, H_kv, T, D] with t <= T -> float64 [B, H, t, D]. Query i sees the keys up to

@@ -39,8 +39,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_limit(device: str, budget_bytes: int) -> Iterator[None]:
     """Inside, this process can take `budget_bytes` more than it has now; an allocation beyond raises.
 
-    On a CPU (Linux) the address space is limited, after freed memory was given back to the system; on a GPU torch's
-    allocator is.
+    On a CPU (Linux) the writable memory of the process is limited, after freed memory was given back to the system; on a
+    GPU torch's allocator is.
     """
     gc.collect()
     if device != "cpu":
@@ -53,13 +53,13 @@ def memory_limit(device: str, budget_bytes: int) -> Iterator[None]:
             torch.cuda.set_per_process_memory_fraction(1.0)
         return
     ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + budget_bytes, before[1]))
+    data_pages = int(Path("/proc/self/statm").read_text().split()[5])
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_pages * os.sysconf("SC_PAGESIZE") + budget_bytes, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def largest(fits: Callable[[int], bool], guess: int) -> int:
@@ -123,7 +123,9 @@ def _fits(model: Model, method: str, batch: int, context_tokens: int, budget_byt
     return True
 
 
-def find_max_batch(model: Model, method: str, context_tokens: int, budget_bytes: int, guess: int, **options) -> tuple[int, int, int]:
+def find_max_batch(
+    model: Model, method: str, context_tokens: int, budget_bytes: int, guess: int, **options
+) -> tuple[int, int, int]:
     """The largest batch that really fits, how many were tried, and how many of those ran out of memory.
 
     Trials run in a process of their own: what runs out there leaves this one whole, even if it is killed.
@@ -140,7 +142,9 @@ def find_max_batch(model: Model, method: str, context_tokens: int, budget_bytes:
 
         def fits(batch: int) -> bool:
             try:
-                trials[batch] = workers[-1].submit(_fits, fresh, method, batch, context_tokens, budget_bytes, options).result()
+                trials[batch] = (
+                    workers[-1].submit(_fits, fresh, method, batch, context_tokens, budget_bytes, options).result()
+                )
             except BrokenProcessPool:  # killed for memory
                 workers.append(pool())
                 trials[batch] = False
@@ -151,7 +155,9 @@ def find_max_batch(model: Model, method: str, context_tokens: int, budget_bytes:
 
 
 @torch.inference_mode()
-def measure_capacity(model: Model, method: str, context_tokens: int, budget_bytes: int, n_steps: int = 5, **options) -> dict:
+def measure_capacity(
+    model: Model, method: str, context_tokens: int, budget_bytes: int, n_steps: int = 5, **options
+) -> dict:
     """The largest batch whose cache and decode step fit in `budget_bytes` (weights apart), and how fast it then runs.
 
     -> max_batch (by bisection over real allocations), predicted_batch (closed form), n_trials and n_out_of_memory;
@@ -164,4 +170,6 @@ def measure_capacity(model: Model, method: str, context_tokens: int, budget_byte
     with attention_through_cache(model.network):
         warm_up(model, method)
         row["batch1_tpot_ms"] = decode_full_cache(model, method, 1, context_tokens, n_steps, **options)["tpot_ms"]
-        return row | (decode_full_cache(model, method, max_batch, context_tokens, n_steps, **options) if max_batch else {})
+        return row | (
+            decode_full_cache(model, method, max_batch, context_tokens, n_steps, **options) if max_batch else {}
+        )

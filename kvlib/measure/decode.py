@@ -27,7 +27,9 @@ def measure_generation(
     rows = []
     for total in totals:
         steps = times[: total - prompt_tokens]
-        rows.append({"total_tokens": total, "total_ms": sum(steps), "ttft_ms": times[0], **spread(steps[-window:], "tpot_ms")})
+        rows.append(
+            {"total_tokens": total, "total_ms": sum(steps), "ttft_ms": times[0], **spread(steps[-window:], "tpot_ms")}
+        )
     return rows
 
 
@@ -41,11 +43,15 @@ def measure_decode(
     `context_tokens`.
     """
     model.check_context(context_tokens)
+    if n_steps >= context_tokens:
+        raise ValueError(f"n_steps: expected fewer than the {context_tokens} tokens of the context, got {n_steps}.")
     prompt = prompt_ids(model, context_tokens - n_steps, batch)
     with attention_through_cache(model.network):
         for method in methods:
             warm_up(model, method, batch)
-        decoders = {m: Decoder(model, m, prompt, context_tokens, **(options if m not in PEERS else {})) for m in methods}
+        decoders = {
+            m: Decoder(model, m, prompt, context_tokens, **(options if m not in PEERS else {})) for m in methods
+        }
         ttft = {m: milliseconds(model.device, decoder.step) for m, decoder in decoders.items()}
         times = {m: [] for m in methods}
         for _ in range(n_steps):

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from kvlib.cache.adapter import PEERS, transformers_cache
 from kvlib.cache.methods import build_cache
-from kvlib.model import corpus
 from kvlib.model.load import Model
 
 WARM_UP_STEPS = 3
@@ -17,7 +16,7 @@ def prompt_ids(model: Model, n_tokens: int, batch: int = 1, seed: int = 0) -> Te
     rng = np.random.default_rng(seed)
     if model.weights == "random":
         return torch.from_numpy(rng.integers(0, model.spec.vocabulary, (batch, n_tokens))).to(model.device)
-    ids = model.encode(corpus.held_out_text())
+    ids = model.held_out_ids
     starts = rng.integers(0, len(ids) - n_tokens, batch)
     return torch.tensor([ids[start : start + n_tokens] for start in starts], device=model.device)
 

@@ -31,7 +31,9 @@ def logits_through_cache(model: Model, method: str, ids: Tensor, piece_tokens: i
 def chunks(ids: list[int], context_tokens: int, n_chunks: int) -> Tensor:
     """The first `n_chunks` runs of `context_tokens` + 1 ids, [n, T + 1]. Raises ValueError if the text is too short."""
     if len(ids) < n_chunks * (context_tokens + 1):
-        raise ValueError(f"chunks: {n_chunks} chunks of {context_tokens} tokens need a longer text than {len(ids)} tokens.")
+        raise ValueError(
+            f"chunks: {n_chunks} chunks of {context_tokens} tokens need a longer text than {len(ids)} tokens."
+        )
     return torch.tensor(ids[: n_chunks * (context_tokens + 1)]).view(n_chunks, context_tokens + 1)
 
 
@@ -51,7 +53,9 @@ def score_chunks(model: Model, method: str, rows: Tensor, **options) -> ChunkSco
     for row in rows.to(model.device):
         ids, targets = row[None, :-1], row[1:]
         truth = logits_through_cache(model, "v1", ids)[0].float().log_softmax(-1)
-        ours = truth if method == "v1" else logits_through_cache(model, method, ids, **options)[0].float().log_softmax(-1)
+        ours = (
+            truth if method == "v1" else logits_through_cache(model, method, ids, **options)[0].float().log_softmax(-1)
+        )
         kl = F.kl_div(ours, truth, log_target=True, reduction="none").sum(-1).mean()
         same = (ours.argmax(-1) == truth.argmax(-1)).float().mean()
         scores.append([F.nll_loss(ours, targets).item(), F.nll_loss(truth, targets).item(), kl.item(), same.item()])
@@ -66,7 +70,9 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
-def measure_quality(model: Model, text: str, method: str, context_tokens: int, n_chunks: int, **options) -> dict[str, float]:
+def measure_quality(
+    model: Model, text: str, method: str, context_tokens: int, n_chunks: int, **options
+) -> dict[str, float]:
     """Perplexity of a text through the cache, beside v1's on the same chunks.
 
     -> perplexity and perplexity_x (over v1's, paired chunk by chunk) with 95 % bootstrap intervals over chunks,

@@ -1,7 +1,6 @@
 """Write a trained model as a bundle: weights, tokenizer, and a card that says what it is and how good."""
 
 import json
-import math
 import shutil
 
 import torch
@@ -22,7 +21,10 @@ def write_bundle(network, tokenizer: Tokenizer, facts: dict) -> None:
     aside, target = paths.CACHE / "train" / f"{name}.bundle", paths.MODELS / name
     shutil.rmtree(aside, ignore_errors=True)
     save(network, tokenizer, aside)
-    saved = facts | {"sha256": sha256(aside / "model.safetensors"), "n_params": sum(p.numel() for p in network.parameters())}
+    saved = facts | {
+        "sha256": sha256(aside / "model.safetensors"),
+        "n_params": sum(p.numel() for p in network.parameters()),
+    }
     (aside / "card.json").write_text(json.dumps(saved))
     card = saved | score(Model(name, str(aside), "trained-small", str(network.device), torch.float32))
     (aside / "card.json").write_text(json.dumps(card, indent=1))
@@ -39,7 +41,7 @@ def score(model: Model) -> dict:
     ids = model.encode(text)
     n_chunks = len(ids) // (limit + 1)
     held_out = measure_quality(model, text, "v1", limit, n_chunks)
-    quality = {"held_out_bits_per_byte": held_out["bits_per_byte"], "held_out_tokens": held_out["n_tokens"]}
+    quality = {f"held_out_{name}": held_out[name] for name in ("bits_per_byte", "perplexity", "n_tokens")}
     quality["xz_bits_per_byte"] = corpus.xz_bits_per_byte(text)
     if prose := corpus.wikitext("test"):
         n_chunks = min(100, len(model.encode(prose)) // (limit + 1))
@@ -53,12 +55,21 @@ def render(card: dict) -> str:
     """The card as Markdown."""
     recipe, needles = card["recipe"], card["needles"]
     depths = [row["depth"] for row in next(iter(needles.values()))]
-    wikitext = f"- WikiText-2 test: {card['wikitext_bits_per_byte']:.3f} bits per byte.\n" if "wikitext_bits_per_byte" in card else ""
+    wikitext = (
+        f"- WikiText-2 test: {card['wikitext_bits_per_byte']:.3f} bits per byte.\n"
+        if "wikitext_bits_per_byte" in card
+        else ""
+    )
     table = ["| context | " + " | ".join(f"{d:.2f}" for d in depths) + " | mean |", "|---" * (len(depths) + 2) + "|"]
     for length, rows in needles.items():
         scores = [row["recall"] for row in rows]
-        table.append(f"| {length} | " + " | ".join(f"{s:.0%}" for s in scores) + f" | {sum(scores) / len(scores):.1%} |")
-    curve = [f"| {p['tokens'] / 1e6:.1f} | {p['context']} | {p['held_out_nats']:.3f} | {p['recall']:.0%} |" for p in card["curve"]]
+        table.append(
+            f"| {length} | " + " | ".join(f"{s:.0%}" for s in scores) + f" | {sum(scores) / len(scores):.1%} |"
+        )
+    curve = [
+        f"| {p['tokens'] / 1e6:.1f} | {p['context']} | {p['held_out_nats']:.3f} | {p['recall']:.0%} |"
+        for p in card["curve"]
+    ]
     sources = ", ".join(f"{source} {n / 1e6:.1f} M" for source, n in card["text_tokens"].items())
     return f"""# {card["name"]}
 
@@ -67,10 +78,11 @@ A {card["n_params"] / 1e6:.1f} M-parameter {recipe["config"]["model_type"]} for 
 - Made by `python -m kvlib.model.train {card["name"]}`: {card["tokens_read"] / 1e6:.1f} M tokens in {card["steps"]:,} steps,
   {card["train_seconds"] / 60:.0f} minutes on {card["device"]} (autocast: {card["autocast"]}), seed {recipe["seed"]}.
 - Text at hand (tokens): {sources}; sampled {", ".join(f"{s} {w:.0%}" for s, w in recipe["mixture"])};
-  {recipe["recall_fraction"]:.0%} of the sequences carry notes to be recalled. Checksum of the token streams `{card["text_sha256"][:16]}`.
+  {recipe["recall_fraction"]:.0%} of the sequences carry notes to be recalled.
+  Checksum of the token streams `{card["text_sha256"][:16]}`.
 - Held-out standard library ({", ".join(corpus.HELD_OUT)}), context {card["context_tokens"]}:
-  **{card["held_out_bits_per_byte"]:.3f} bits per byte** (perplexity per token
-  {math.exp(card["curve"][-1]["held_out_nats"]):.1f}); `xz -9e` needs {card["xz_bits_per_byte"]:.3f}.
+  **{card["held_out_bits_per_byte"]:.3f} bits per byte**, perplexity {card["held_out_perplexity"]:.1f} per token;
+  `xz -9e` needs {card["xz_bits_per_byte"]:.3f} bits per byte.
 {wikitext}
 ## Needles found, by context (tokens) and depth (0 = earliest)
 

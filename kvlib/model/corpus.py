@@ -16,10 +16,31 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kvlib import paths
 
-HELD_OUT = ("difflib", "imaplib", "mailbox", "plistlib", "shlex", "statistics", "textwrap", "trace", "webbrowser", "zipapp")
+HELD_OUT = (
+    "difflib",
+    "imaplib",
+    "mailbox",
+    "plistlib",
+    "shlex",
+    "statistics",
+    "textwrap",
+    "trace",
+    "webbrowser",
+    "zipapp",
+)
 END_OF_TEXT = "<|endoftext|>"
 BYTES_PER_PACKAGE = 3_000_000
-SKIPPED_PARTS = {"test", "tests", "testing", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "_vendor"}
+SKIPPED_PARTS = {
+    "test",
+    "tests",
+    "testing",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "site-packages",
+    "_vendor",
+}
 
 
 def _standard_library() -> list[Path]:
@@ -65,7 +86,9 @@ def _read(files: list[Path], budget: int | None = None) -> list[str]:
 def _packages(seed: int) -> list[str]:
     texts = []
     for dist in sorted(metadata.distributions(), key=lambda d: d.metadata["Name"].lower()):
-        files = sorted(str(f.locate()) for f in dist.files or () if f.suffix == ".py" and not SKIPPED_PARTS & set(f.parts[:-1]))
+        files = sorted(
+            str(f.locate()) for f in dist.files or () if f.suffix == ".py" and not SKIPPED_PARTS & set(f.parts[:-1])
+        )
         random.Random(seed).shuffle(files)
         texts += _read([Path(f) for f in files if os.path.exists(f)], BYTES_PER_PACKAGE)
     return texts

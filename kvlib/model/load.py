@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from kvlib import paths
 from kvlib.cache.attention import attention_backend
 from kvlib.model.bundled import RECIPES
-from kvlib.model.corpus import END_OF_TEXT
+from kvlib.model.corpus import END_OF_TEXT, held_out_text
 from kvlib.spec import ModelSpec
 
 PUBLISHED = {
@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(device: str = "auto") -> str:
-    """"cpu" or "cuda"; "auto" takes the GPU where there is one. Raises ValueError for a device that is not here."""
+    """ "cpu" or "cuda"; "auto" takes the GPU where there is one. Raises ValueError for a device that is not here."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
@@ -123,11 +123,18 @@ class Model:
     def check_context(self, tokens: int) -> None:
         """Raise ValueError if a context of this many tokens is longer than the model allows."""
         if tokens > self.context_limit:
-            raise ValueError(f"{self.name}: a context of {tokens} tokens was asked for, but the model allows {self.context_limit}.")
+            raise ValueError(
+                f"{self.name}: a context of {tokens} tokens was asked for, but the model allows {self.context_limit}."
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @cached_property
+    def held_out_ids(self) -> list[int]:
+        """Token ids of the text that no bundled model was trained on."""
+        return self.encode(held_out_text())
 
     def about(self) -> dict[str, str]:
         """The provenance that every row carries."""
@@ -153,7 +160,9 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", seed: in
     if os.path.sep in name and Path(name).is_dir():
         folder = Path(name)
         if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-            raise ValueError(f"{name}: expected a folder with config.json and *.safetensors; this one lacks one of them.")
+            raise ValueError(
+                f"{name}: expected a folder with config.json and *.safetensors; this one lacks one of them."
+            )
         return Model(folder.resolve().name, str(folder.resolve()), "pretrained", **found)
     try:
         AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -172,7 +181,9 @@ def check_bundle(folder: Path) -> Path:
     """The folder itself, if its checkpoint is there and matches the checksum in its card; else raise ValueError."""
     weights, card = folder / "model.safetensors", folder / "card.json"
     if not weights.is_file() or not card.is_file():
-        raise ValueError(f"{folder}: no checkpoint here; restore it from git or run `python -m kvlib.model.train {folder.name}`.")
+        raise ValueError(
+            f"{folder}: no checkpoint here; restore it from git or run `python -m kvlib.model.train {folder.name}`."
+        )
     if sha256(weights) != json.loads(card.read_text())["sha256"]:
         raise ValueError(f"{weights}: corrupt, its checksum differs from the card's; restore it from git.")
     return folder

@@ -55,11 +55,11 @@ def training_example(
     seen: list[tuple[str, str]] = []
     pieces: list[tuple[list[int], bool]] = []
     for i in range(n_notes):
-        repeat = seen and (i >= n_notes - n_closing or rng.random() < 0.4 or not pool)
+        repeat = bool(seen) and (i >= n_notes - n_closing or rng.random() < 0.4 or not pool)
         pair = seen[rng.integers(len(seen))] if repeat else pool.pop()
         if not repeat:
             seen.append(pair)
-        pieces += [(encode(question(pair[0])), False), (encode(answer(pair[1])), bool(repeat)), (encode("\n"), False)]
+        pieces += [(encode(question(pair[0])), False), (encode(answer(pair[1])), repeat), (encode("\n"), False)]
     room = max(total - sum(len(ids) for ids, _ in pieces), 0)
     cuts = np.sort(rng.integers(0, room + 1, n_notes - n_closing))
     cuts = np.concatenate([cuts, np.full(n_closing, room)])
@@ -89,7 +89,9 @@ def needle_context(
     notes = [encode(question(k)) + encode(answer(v)) + encode("\n") for k, v in pairs]
     room = n_tokens - sum(map(len, notes))
     if not 0 <= room <= len(filler):
-        raise ValueError(f"needle_context: {len(pairs)} notes and {len(filler)} tokens of text cannot fill {n_tokens} tokens.")
+        raise ValueError(
+            f"needle_context: {len(pairs)} notes and {len(filler)} tokens of text cannot fill {n_tokens} tokens."
+        )
     start = int(rng.integers(0, len(filler) - room + 1))
     cuts = np.linspace(start, start + room, len(pairs) + 1).astype(int).tolist()
     context = []

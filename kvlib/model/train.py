@@ -47,7 +47,9 @@ def prepare_text(vocabulary: int = VOCABULARY) -> tuple[Tokenizer, dict[str, np.
     tokenizer_file, streams_file = WORK / "tokenizer.json", WORK / "streams.npz"
     if not streams_file.exists():
         sources = corpus.training_texts()
-        tokenizer = corpus.train_tokenizer([t for name, ts in sources.items() for t in (ts[::4] if name == "packages" else ts)], vocabulary)
+        tokenizer = corpus.train_tokenizer(
+            [t for name, ts in sources.items() for t in (ts[::4] if name == "packages" else ts)], vocabulary
+        )
         paths.write_aside(tokenizer_file, tokenizer.to_str())
         streams = {}
         for name, texts in tqdm(sources.items(), desc="tokenizing", unit="source"):
@@ -178,7 +180,15 @@ def train(name: str, device: str = "auto") -> None:
             optimizer.load_state_dict(state)
         step, tokens, seconds, curve = saved["step"], saved["tokens"], saved["seconds"], saved["curve"]
 
-    bar = tqdm(total=recipe.total_tokens, initial=tokens, unit="tok", unit_scale=True, desc=name, mininterval=5, file=sys.stdout)
+    bar = tqdm(
+        total=recipe.total_tokens,
+        initial=tokens,
+        unit="tok",
+        unit_scale=True,
+        desc=name,
+        mininterval=5,
+        file=sys.stdout,
+    )
     while tokens < recipe.total_tokens:
         began, context = time.perf_counter(), context_at(recipe, tokens)
         batch = batches(step, context)
@@ -198,7 +208,9 @@ def train(name: str, device: str = "auto") -> None:
             raise FloatingPointError(f"train: loss is {loss} at step {step}; lower the learning rates in the recipe.")
         if finished or step % STEPS_PER_CHECKPOINT == 0:
             state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
-            torch.save(state | dict(step=step, tokens=tokens, seconds=seconds, curve=curve), checkpoint.with_suffix(".tmp"))
+            torch.save(
+                state | dict(step=step, tokens=tokens, seconds=seconds, curve=curve), checkpoint.with_suffix(".tmp")
+            )
             checkpoint.with_suffix(".tmp").rename(checkpoint)
             with open(curve_file, "w", newline="") as file:
                 writer = csv.DictWriter(file, curve[0].keys() if curve else ["tokens"])
@@ -206,9 +218,16 @@ def train(name: str, device: str = "auto") -> None:
                 writer.writerows(curve)
     bar.close()
     facts = dict(
-        name=name, recipe=asdict(recipe), tokens_read=tokens, steps=step, train_seconds=round(seconds), device=load.device_name(device),
-        autocast="bfloat16" if autocast._enabled else "none", text_sha256=digest,
-        text_tokens={source: len(stream) for source, stream in streams.items()}, curve=curve,
+        name=name,
+        recipe=asdict(recipe),
+        tokens_read=tokens,
+        steps=step,
+        train_seconds=round(seconds),
+        device=load.device_name(device),
+        autocast="bfloat16" if autocast._enabled else "none",
+        text_sha256=digest,
+        text_tokens={source: len(stream) for source, stream in streams.items()},
+        curve=curve,
     )
     write_bundle(model.eval(), tokenizer, facts)
 

@@ -85,7 +85,7 @@ def refuse_random_quality(frame: pd.DataFrame, columns: Iterable[str]) -> None:
     """Raise ValueError where quality of a model with random weights would be shown: it means nothing there."""
     quality = [c for c in columns if c in frame and any(word in str(c) for word in QUALITY)]
     if quality and "weights" not in frame:
-        raise ValueError(f"{', '.join(quality)}: the frame has no weights column; keep it, it tells if quality means anything.")
+        raise ValueError(f"{', '.join(quality)}: expected a frame with its weights column; keep that column.")
     if quality and frame.loc[frame["weights"] == "random", quality].notna().any(axis=None):
         raise ValueError(f"{', '.join(quality)}: rows with random weights have no quality; drop them first.")
 

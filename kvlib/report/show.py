@@ -84,11 +84,7 @@ def _is_number(value) -> bool:
 
 
 def _three_digits(value: float, whole: bool) -> str:
-    if whole or abs(value) >= 100:
-        return f"{round(value):,}"
-    if 0 < abs(value) < 1e-3:
-        return f"{value:.2e}"
-    return np.format_float_positional(value, 3, unique=False, fractional=False, trim="k").rstrip(".")
+    return f"{round(value):,}" if whole or abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def ordered(names: Iterable) -> list:

@@ -1,0 +1,159 @@
+"""Measurements measure what they say: bytes against storages, FLOPs against torch's counter, phases against the whole."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kvlib import spec
+from kvlib.cache.attention import attention_through_cache
+from kvlib.cache.methods import METHODS
+from kvlib.measure import capacity, errors, quality, retrieval
+from kvlib.measure.decode import measure_decode, measure_generation
+from kvlib.measure.decoder import Decoder, prompt_ids
+from kvlib.measure.memory import held_bytes, measure_memory, peak_bytes
+from kvlib.measure.phases import PHASES, measure_phases, phases_of
+from kvlib.measure.roofline import count_flops, measure_roofline
+from kvlib.model.corpus import held_out_text
+
+
+def test_held_bytes_count_each_storage_once_and_follow_objects():
+    class Thing:
+        pass
+
+    thing, base = Thing(), torch.zeros(100)
+    thing.views, thing.more = [base[:10], base[5:]], {"x": (torch.zeros(3, dtype=torch.int8),)}
+    thing.me = thing
+    assert held_bytes(thing) == 403
+
+
+def test_peak_bytes_see_what_is_gone_again():
+    assert peak_bytes("cpu", lambda: torch.zeros(2**20).add(1).sum()) >= 2 * 2**22
+    assert peak_bytes("cpu", lambda: [torch.zeros(2**20) is None for _ in range(4)]) < 2 * 2**22
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_row(tiny_gpt2, method):
+    row = measure_memory(tiny_gpt2, method, 96)
+    assert row["held_bytes"] == row["predicted_bytes"]
+    assert row["prefill_peak_bytes"] >= row["held_bytes"]
+    if METHODS[method].store and METHODS[method].store.materialises:  # a dense copy of one layer
+        assert row["decode_peak_bytes"] >= 2 * 4 * 96 * 64 * 4
+
+
+@pytest.mark.parametrize("method", ["v0", "v1", "v2"])
+def test_greedy_tokens_are_generates_tokens(tiny_gpt2, method):
+    prompt = prompt_ids(tiny_gpt2, 20)
+    with attention_through_cache(tiny_gpt2.network):
+        decoder = Decoder(tiny_gpt2, method, prompt, 30)
+        for _ in range(10):
+            decoder.step()
+    if method != "v2":
+        with torch.no_grad():
+            expected = tiny_gpt2.network.generate(
+                prompt, max_new_tokens=10, min_new_tokens=10, do_sample=False, pad_token_id=0
+            )
+        assert decoder.ids.tolist() == expected.tolist()
+    assert decoder.ids.shape == (1, 30) and (decoder.cache is None) == (method == "v0")
+
+
+def test_generation_rows_add_up(tiny_gpt2):
+    rows = measure_generation(tiny_gpt2, "v1", [40, 60], window=8)
+    assert [row["total_tokens"] for row in rows] == [40, 60]
+    assert rows[1]["total_ms"] > rows[0]["total_ms"] > rows[0]["ttft_ms"] > 0
+    assert all(row["tpot_ms_low"] <= row["tpot_ms"] <= row["tpot_ms_high"] for row in rows)
+    with pytest.raises(ValueError, match="allows 1024"):
+        measure_generation(tiny_gpt2, "v1", [40, 5000])
+    with pytest.raises(ValueError, match="at least 32"):
+        measure_generation(tiny_gpt2, "v1", [20])
+
+
+def test_contenders_take_turns_and_the_first_is_the_measure(tiny_gpt2):
+    rows = measure_decode(tiny_gpt2, ["v1", "DynamicCache", "v0"], 48, batch=2, n_steps=4)
+    assert [row["method"] for row in rows] == ["v1", "DynamicCache", "v0"]
+    assert rows[0]["tpot_x"] == rows[0]["tpot_x_low"] == 1
+    assert rows[0]["held_bytes"] == spec.held_bytes(tiny_gpt2.spec, "v1", 2, 48) and rows[2]["held_bytes"] == 0
+
+
+@pytest.mark.parametrize("method", ["v0", "v1", "v2", "v4"])
+def test_closed_form_flops_equal_torchs_count(tiny_gpt2, method):
+    row = measure_roofline(tiny_gpt2, method, 40, n_steps=2)
+    assert row["step_flops"] == row["counted_flops"]
+    assert row["achieved_flops_per_s"] == pytest.approx(1e3 * row["step_flops"] / row["tpot_ms"])
+
+
+def test_flop_counter_counts_a_known_product():
+    a, b = torch.zeros(3, 5), torch.zeros(5, 7)
+    assert count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
+
+
+def test_phases_cover_the_step_and_leave_no_trace(tiny_gpt2):
+    rows = measure_phases(tiny_gpt2, "v2", 64, n_steps=8)
+    assert [row["phase"] for row in rows] == list(PHASES)
+    assert all(row["phase_ms"] > 0 for row in rows) and sum(row["share"] for row in rows) == pytest.approx(1)
+    assert all("forward" not in vars(module) for module in tiny_gpt2.network.modules())
+    with attention_through_cache(tiny_gpt2.network):
+        decoder = Decoder(tiny_gpt2, "v2", prompt_ids(tiny_gpt2, 8), 16)
+        with phases_of(decoder) as watch:
+            whole = watch.timed("other", decoder.step)
+            whole()
+        store = decoder.cache.layers[0].store
+    assert not {"append", "quantize", "dequantize", "attend"} & set(vars(store))
+    assert {p for p, ms in watch.milliseconds.items() if ms > 0} == set(PHASES)
+
+
+def test_quality_of_v1_is_the_models_own_and_methods_are_ordered(tiny_gpt2):
+    text = held_out_text()
+    rows = {m: quality.measure_quality(tiny_gpt2, text, m, 300, 3) for m in ("v0", "v1", "v2", "v3", "v4")}
+    ids = quality.chunks(tiny_gpt2.encode(text), 300, 3)
+    with torch.no_grad():
+        logits = tiny_gpt2.network(ids[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert rows["v1"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert rows["v0"]["perplexity"] == pytest.approx(rows["v1"]["perplexity"], rel=1e-4)
+    assert rows["v1"]["kl_nats"] == 0 and rows["v1"]["top1_agreement"] == 1
+    assert 0 < rows["v2"]["kl_nats"] < 0.01 < rows["v3"]["kl_nats"]
+    assert rows["v2"]["perplexity_low"] <= rows["v2"]["perplexity"] <= rows["v2"]["perplexity_high"]
+    with pytest.raises(ValueError, match="longer text"):
+        quality.chunks([1] * 100, 60, 2)
+
+
+def test_pieces_of_a_chunk_see_the_pieces_before_them(tiny_gpt2):
+    ids = torch.tensor([tiny_gpt2.encode(held_out_text())[:90]])
+    small, large = (quality.logits_through_cache(tiny_gpt2, "v1", ids, piece_tokens=n) for n in (16, 90))
+    torch.testing.assert_close(small, large, rtol=0, atol=1e-3)
+
+
+def test_needles_report_each_depth_and_leave_the_cache_as_it_was(tiny_gpt2):
+    filler = tiny_gpt2.encode(held_out_text())
+    rows = retrieval.measure_needles(tiny_gpt2, filler, "v1", 200, n_contexts=2, n_pairs=4)
+    assert [row["depth"] for row in rows] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert {row["n_asked"] for row in rows} == {2} and rows[0]["chance"] == 0.25
+    assert rows == retrieval.measure_needles(tiny_gpt2, filler, "v1", 200, n_contexts=2, n_pairs=4)
+
+
+def test_errors_by_axis(tiny_gpt2):
+    rows = errors.measure_errors(tiny_gpt2, held_out_text(), 128)
+    assert len(rows) == 8 * 2 * 2 and all(0 < row["relative_error"] < 0.05 and row["outlier_x"] >= 1 for row in rows)
+
+
+def test_bisection_finds_the_edge_from_any_guess():
+    for edge in (0, 1, 7, 64, 1000):
+        for guess in (1, 7, 500):
+            assert capacity.largest(lambda n, edge=edge: n <= edge, guess) == edge
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's limit is tested where the CPU is the device")
+def test_capacity_survives_running_out_of_memory(tiny_gpt2):
+    row = capacity.measure_capacity(tiny_gpt2, "v1", 256, 32 * 2**20, n_steps=2)
+    assert row["n_out_of_memory"] > 0
+    assert abs(row["max_batch"] - row["predicted_batch"]) <= 2
+    assert row["held_bytes"] == spec.held_bytes(tiny_gpt2.spec, "v1", row["max_batch"], 256)
+    np.zeros(2**26).sum()  # the limit was the child's alone
+
+
+def test_the_roofline_floor_is_the_larger_of_two_times(tiny_gpt2):
+    few, many = (spec.fewest_step_ms(tiny_gpt2.spec, "v1", 1, 512, 1e12, b) for b in (1e9, 1e15))
+    assert few == pytest.approx(1e3 * spec.decode_step_bytes(tiny_gpt2.spec, "v1", 1, 512) / 1e9)
+    assert many == pytest.approx(1e3 * spec.decode_step_flops(tiny_gpt2.spec, "v1", 1, 512) / 1e12)
