@@ -1,6 +1,5 @@
 """What a run does: which notebooks, with which parameters. Everything is checked before anything starts."""
 
-import re
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -38,11 +37,11 @@ def title_and_question(path: Path) -> tuple[str, str]:
     """What a notebook is called, and the question that its opening text asks."""
     import nbformat  # a second to import, and only --list needs it
 
-    cells = nbformat.read(path, as_version=4).cells
-    lines = [line.strip("* ") for cell in cells if cell.cell_type == "markdown" for line in cell.source.splitlines()]
-    title = next((line for line in lines if line.startswith("# ")), "")
-    question = next((line for line in lines if line.endswith("?") and not line.startswith("#")), "")
-    return title.removeprefix("# "), re.sub(r"^Question[.:* ]+", "", question)
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    paragraphs = [" ".join(text.split()) for cell in cells for text in cell.split("\n\n")]
+    title = next((text for text in paragraphs if text.startswith("# ")), "")
+    question = next((text for text in paragraphs if text.startswith("**Question.**")), "")
+    return title.removeprefix("# "), question.removeprefix("**Question.** ")
 
 
 def profile_names() -> list[str]:

@@ -23,10 +23,10 @@ from kvlib import paths, plan
 from kvlib.plan import Parameters
 
 CALM = {  # for the kernels: what is printed and saved is the notebook's own
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore:IProgress not found",
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_network
+from tokenizers import Tokenizer
 
 from kvlib import paths
 from kvlib.model import corpus, load, recall
@@ -33,6 +34,8 @@ def test_bundled_files_are_small_and_the_tokenizer_loses_nothing(name):
     files = list((paths.MODELS / name).iterdir())
     assert max(f.stat().st_size for f in files) < 16e6
     model = load.open_model(name, device="cpu")
+    tokenizer = Tokenizer.from_file(str(paths.MODELS / name / "tokenizer.json"))
+    assert model.held_out_ids == tokenizer.encode(corpus.held_out_text()).ids  # the splits that it was trained on
     for text in ("def f(x):\n\treturn x ** 2  # naïve ∑ 漢字 🙂\n", "1234567890", ""):
         assert model.tokenizer.decode(model.encode(text)) == text
 

@@ -75,8 +75,8 @@ def render(card: dict) -> str:
 
 A {card["n_params"] / 1e6:.1f} M-parameter {recipe["config"]["model_type"]} for measuring caches, not for use.
 
-- Made by `python -m kvlib.model.train {card["name"]}`: {card["tokens_read"] / 1e6:.1f} M tokens in {card["steps"]:,} steps,
-  {card["train_seconds"] / 60:.0f} minutes on {card["device"]} (autocast: {card["autocast"]}), seed {recipe["seed"]}.
+- Made by `python -m kvlib.model.train {card["name"]}`: {card["tokens"] / 1e6:.1f} M tokens in {card["step"]:,} steps,
+  {card["seconds"] / 60:.0f} minutes on {card["device"]} (autocast: {card["autocast"]}), seed {recipe["seed"]}.
 - Text at hand (tokens): {sources}; sampled {", ".join(f"{s} {w:.0%}" for s, w in recipe["mixture"])};
   {recipe["recall_fraction"]:.0%} of the sequences carry notes to be recalled.
   Checksum of the token streams `{card["text_sha256"][:16]}`.

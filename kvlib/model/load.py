@@ -108,6 +108,8 @@ class Model:
         """The model's own tokenizer. Raises ValueError for random weights, which have no text to read."""
         if self.source is None:
             raise ValueError(f"{self.name}: random weights have no tokenizer; name a folder that holds the model.")
+        if self.weights == "trained-small":  # the automatic choice, Qwen2Tokenizer, would split text in another way
+            return PreTrainedTokenizerFast.from_pretrained(self.source)
         return AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
 
     @cached_property

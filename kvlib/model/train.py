@@ -6,13 +6,12 @@ schedule; the context grows in stages. Ends by writing `data/models/NAME` with i
 """
 
 import argparse
-import csv
 import ctypes
 import hashlib
 import math
-import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -156,79 +155,71 @@ def evaluate(probe: load.Model, held_out: list[int], context: int) -> dict[str, 
     return {"held_out_nats": float(np.mean(losses)), "recall": float(np.mean([row["recall"] for row in needles]))}
 
 
+@dataclass
+class Progress:
+    """How far a training has come."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    curve: list[dict] = field(default_factory=list)
+
+
+def save_checkpoint(file: Path, model, optimizers, progress: Progress) -> None:
+    """Everything needed to go on from here, written aside and moved."""
+    state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    torch.save(state | vars(progress), file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").rename(file)
+
+
+def resume(file: Path, model, optimizers, device: str) -> Progress:
+    """Restore model and optimizers from a checkpoint, where there is one."""
+    if not file.exists():
+        return Progress()
+    state = torch.load(file, map_location=device)
+    model.load_state_dict(state.pop("model"))
+    for optimizer, saved in zip(optimizers, state.pop("optimizers")):
+        optimizer.load_state_dict(saved)
+    return Progress(**state)
+
+
 def train(name: str, device: str = "auto") -> None:
     """Train one bundled model to the end of its recipe and write it with its card."""
-    recipe, device = RECIPES[name], load.pick_device(device)
+    recipe, device, checkpoint = RECIPES[name], load.pick_device(device), WORK / f"{name}.pt"
     keep_freed_memory()
     tokenizer, streams, digest = prepare_text()
-    batches = Batches(recipe, streams, tokenizer)
-    held_out = tokenizer.encode(corpus.held_out_text()).ids
+    batches, held_out = Batches(recipe, streams, tokenizer), tokenizer.encode(corpus.held_out_text()).ids
     torch.manual_seed(recipe.seed)
     model = load.build(recipe.config | {"vocab_size": VOCABULARY}).to(device).train()
     probe = load.Model(name, None, "trained-small", device, torch.float32)
     probe.network, probe.tokenizer = model, load.wrap(tokenizer)
     optimizers = make_optimizers(model, recipe)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=load.has_fast_bf16(device))
+    use_bf16 = load.has_fast_bf16(device)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=use_bf16)
+    at = resume(checkpoint, model, optimizers, device)
 
-    checkpoint, curve_file = WORK / f"{name}.pt", WORK / f"{name}.csv"
-    step = tokens = 0
-    seconds, curve = 0.0, []
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device)
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        step, tokens, seconds, curve = saved["step"], saved["tokens"], saved["seconds"], saved["curve"]
-
-    bar = tqdm(
-        total=recipe.total_tokens,
-        initial=tokens,
-        unit="tok",
-        unit_scale=True,
-        desc=name,
-        mininterval=5,
-        file=sys.stdout,
-    )
-    while tokens < recipe.total_tokens:
-        began, context = time.perf_counter(), context_at(recipe, tokens)
-        batch = batches(step, context)
-        micro_batch = max(1, recipe.micro_batch_tokens // context)
-        scale = learning_rate_scale(recipe, step, tokens)
-        loss = train_step(model, optimizers, batch, scale, micro_batch, autocast)
+    bar = tqdm(total=recipe.total_tokens, initial=at.tokens, unit="tok", unit_scale=True, desc=name, mininterval=5)
+    while at.tokens < recipe.total_tokens:
+        began, context = time.perf_counter(), context_at(recipe, at.tokens)
+        batch = batches(at.step, context)
+        scale = learning_rate_scale(recipe, at.step, at.tokens)
+        loss = train_step(model, optimizers, batch, scale, max(1, recipe.micro_batch_tokens // context), autocast)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"train: the loss is {loss} at step {at.step}; lower the recipe's learning rates.")
         read = batch[1].numel()
-        step, tokens = step + 1, tokens + read
-        seconds += time.perf_counter() - began
+        at.step, at.tokens, at.seconds = at.step + 1, at.tokens + read, at.seconds + time.perf_counter() - began
         bar.update(read)
         bar.set_postfix(loss=f"{loss:.3f}", context=context)
-        finished = tokens >= recipe.total_tokens
-        if finished or tokens // TOKENS_PER_EVALUATION > (tokens - read) // TOKENS_PER_EVALUATION:
-            curve.append(dict(tokens=tokens, context=context, loss=loss, **evaluate(probe, held_out, context)))
-            bar.write(str(curve[-1]))
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"train: loss is {loss} at step {step}; lower the learning rates in the recipe.")
-        if finished or step % STEPS_PER_CHECKPOINT == 0:
-            state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
-            torch.save(
-                state | dict(step=step, tokens=tokens, seconds=seconds, curve=curve), checkpoint.with_suffix(".tmp")
-            )
-            checkpoint.with_suffix(".tmp").rename(checkpoint)
-            with open(curve_file, "w", newline="") as file:
-                writer = csv.DictWriter(file, curve[0].keys() if curve else ["tokens"])
-                writer.writeheader()
-                writer.writerows(curve)
+        finished = at.tokens >= recipe.total_tokens
+        if finished or at.tokens % TOKENS_PER_EVALUATION < read:
+            at.curve.append(dict(tokens=at.tokens, context=context, loss=loss, **evaluate(probe, held_out, context)))
+            bar.write(str(at.curve[-1]))
+        if finished or at.step % STEPS_PER_CHECKPOINT == 0:
+            save_checkpoint(checkpoint, model, optimizers, at)
     bar.close()
-    facts = dict(
-        name=name,
-        recipe=asdict(recipe),
-        tokens_read=tokens,
-        steps=step,
-        train_seconds=round(seconds),
-        device=load.device_name(device),
-        autocast="bfloat16" if autocast._enabled else "none",
-        text_sha256=digest,
-        text_tokens={source: len(stream) for source, stream in streams.items()},
-        curve=curve,
-    )
+    facts = vars(at) | {"name": name, "recipe": asdict(recipe), "text_sha256": digest}
+    facts |= {"text_tokens": {source: len(stream) for source, stream in streams.items()}}
+    facts |= {"device": load.device_name(device), "autocast": "bfloat16" if use_bf16 else "none"}
     write_bundle(model.eval(), tokenizer, facts)
 
 
