@@ -112,7 +112,7 @@ def _start_child() -> None:
 @torch.inference_mode()
 def _fits(model: Model, method: str, batch: int, context_tokens: int, budget_bytes: int, options: dict) -> bool:
     with attention_through_cache(model.network):
-        warm_up(model, method)
+        warm_up(model, method, batch)  # the libraries' kernels for this batch are not the cache's bytes
         try:
             with memory_limit(model.device, budget_bytes):
                 decode_full_cache(model, method, batch, context_tokens, n_steps=1, **options)

@@ -1,5 +1,6 @@
 """Which model: a bundled one, a local folder or hub name, or published dimensions with random weights."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -10,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -166,17 +168,26 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", seed: in
                 f"{name}: expected a folder with config.json and *.safetensors; this one lacks one of them."
             )
         return Model(folder.resolve().name, str(folder.resolve()), "pretrained", **found)
-    try:
-        AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if on_hub(name):
         return Model(name, name, "pretrained", **found)
-    except (OSError, ValueError):
-        if name not in PUBLISHED:
-            raise ValueError(
-                f"model_name: {name!r} is neither bundled ({', '.join(RECIPES)}), nor a local folder, nor a hub name that "
-                "can be reached from here; name a folder that holds config.json and *.safetensors."
-            ) from None
-        print(f"{name}: no weights can be had here, so they are random: time and bytes only, no quality.", flush=True)
-        return Model(name, None, "random", **found)
+    if name not in PUBLISHED:
+        raise ValueError(
+            f"model_name: {name!r} is neither bundled ({', '.join(RECIPES)}), nor a local folder, nor a hub name that "
+            "can be reached from here; name a folder that holds config.json and *.safetensors."
+        )
+    print(f"{name}: no weights can be had here, so they are random: time and bytes only, no quality.", flush=True)
+    return Model(name, None, "random", **found)
+
+
+def on_hub(name: str) -> bool:
+    """True if a model is in the hub's local cache, or the hub answers for it within 5 seconds."""
+    with contextlib.suppress(OSError, ValueError):
+        AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return True
+    with contextlib.suppress(Exception):  # no network, no such model, no access: every version has its own errors
+        HfApi().model_info(name, timeout=5)
+        return True
+    return False
 
 
 def check_bundle(folder: Path) -> Path:
