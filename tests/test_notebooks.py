@@ -41,7 +41,8 @@ def test_committed_notebooks_were_executed_from_top_to_bottom(notebook):
     cells = code_cells(notebook)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     assert not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
-    assert sum(bool(cell["outputs"]) for cell in cells) > len(cells) / 2
+    shown = [cell for cell in cells if "".join(cell["source"]).startswith(("figures.", "save_table(", "Markdown("))]
+    assert len(shown) >= 2 and all(cell["outputs"] for cell in shown)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

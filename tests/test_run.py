@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -216,7 +217,8 @@ def test_ctrl_c_leaves_the_target_untouched(workbook):
     code = "import pathlib, sys; from kvlib import paths, run; paths.NOTEBOOKS = pathlib.Path(sys.argv[1]); "
     code += "paths.PROFILES = paths.NOTEBOOKS / 'profiles'; sys.exit(run.main(['01']))"
     command = [sys.executable, "-c", code, str(paths.NOTEBOOKS)]
-    process = subprocess.Popen(command, cwd=paths.ROOT, stderr=subprocess.PIPE)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a background job starts deaf to Ctrl-C
+    process = subprocess.Popen(command, cwd=paths.ROOT, stderr=subprocess.PIPE, **heard)
     deadline = time.monotonic() + 60
     while not (paths.NOTEBOOKS / "began").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
