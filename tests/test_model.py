@@ -94,7 +94,7 @@ def test_published_dimensions_without_weights_are_random_and_say_so(capsys, monk
 def test_held_out_text_is_not_read_in_training():
     held_out = corpus.held_out_text()
     assert len(held_out) > 300_000
-    module = held_out.split("\n\n\n")[0] * 1
+    module = held_out.split("\n\n\n")[0]
     assert corpus.is_contaminated(held_out) and corpus.is_contaminated(module + "\nx = 1\n" * 10)
     assert not corpus.is_contaminated("\n".join(f"this line number {i} is in no module at all" for i in range(50)))
     names = {p.name for p in corpus._standard_library()}
