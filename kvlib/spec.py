@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvlib.cache.methods import get_method
+from kvlib.cache.methods import get_method, override
 from kvlib.cache.sharing import adjacent_groups
 
 
@@ -51,11 +51,14 @@ class ModelSpec:
         return self.mlp_matrices * self.hidden * self.mlp_hidden
 
 
-def held_bytes(spec: ModelSpec, method: str, batch: int, tokens: int, layers_per_group: int | None = None) -> int:
+def held_bytes(spec: ModelSpec, method: str, batch: int, tokens: int, layers_per_group: int | None = None, **recipe) -> int:
     """Bytes the cache keeps between steps for `batch` sequences with room for `tokens` tokens each; 0 without a cache."""
     chosen = get_method(method)
     if chosen.store is None:
         return 0
+    if chosen.recipe:
+        dimensions = spec.n_layers, spec.n_kv_heads, spec.head_dim, spec.dtype
+        return override(method, recipe).held_bytes(*dimensions, batch, tokens)
     owners = set(adjacent_groups(spec.n_layers, layers_per_group or chosen.layers_per_group))
     return len(owners) * batch * spec.n_kv_heads * tokens * chosen.store.bytes_per_token(spec.head_dim, spec.dtype)
 
@@ -63,11 +66,14 @@ def held_bytes(spec: ModelSpec, method: str, batch: int, tokens: int, layers_per
 def step_workspace_bytes(spec: ModelSpec, method: str, batch: int, tokens: int) -> int:
     """Bytes a decode step needs besides the cache, in its larger moment: attention of one layer, or MLP and logits.
 
-    A naive quantised store materialises one layer's keys and values and, a head at a time, its codes in fp32 and their product.
+    A naive quantised store materialises one layer's keys and values and, a head at a time, its codes in fp32 and their
+    product. Raises ValueError for paged methods, whose workspace is measured instead.
     """
     activations = batch * spec.dtype.itemsize * (4 * spec.hidden + spec.mlp_matrices * spec.mlp_hidden)
     logits = batch * spec.vocabulary * spec.dtype.itemsize
     chosen = get_method(method)
+    if chosen.recipe:
+        raise ValueError(f"{method}: no closed form for the workspace of pages; measure its decode_peak_bytes.")
     if chosen.store is None or not chosen.store.materialises:
         return max(activations, logits)
     head = batch * tokens * spec.head_dim
@@ -103,12 +109,15 @@ def decode_step_bytes(spec: ModelSpec, method: str, batch: int, context: int) ->
     """Bytes that must cross memory for one token: every weight once, and every cached byte once per layer reading it.
 
     A lower bound: activations, embeddings not looked up and re-reads are left out. A naive store also writes and reads
-    the dequantised copy, which is counted: codes in, copy out, copy in again.
+    the dequantised copy, which is counted: codes in, copy out, copy in again. Pages are counted as a kernel that reads codes
+    would read them: every held byte once.
     """
     weights = spec.n_params * spec.dtype.itemsize
     chosen = get_method(method)
     if chosen.store is None:
         return weights
+    if chosen.recipe:
+        return weights + held_bytes(spec, method, batch, context)
     readers = spec.n_layers * batch * spec.n_kv_heads * context
     dense = 2 * spec.head_dim * spec.dtype.itemsize
     stored = chosen.store.bytes_per_token(spec.head_dim, spec.dtype)

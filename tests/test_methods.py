@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_network
 from transformers import DynamicCache
 
+from kvlib.cache.adapter import KVCache
 from kvlib.cache.attention import attention_through_cache
 from kvlib.cache.methods import METHODS, build_cache, get_method
 from kvlib.measure.memory import held_bytes
@@ -18,7 +19,14 @@ from kvlib.spec import ModelSpec
 from kvlib.spec import held_bytes as predicted_held_bytes
 
 CACHED = [name for name, method in METHODS.items() if method.store]
-LOSSLESS = ["v1"]
+PAGED = [name for name in CACHED if METHODS[name].recipe]
+EVICTING = [name for name in PAGED if METHODS[name].recipe.keep]
+# Budgets in tokens: one that evicts in these short texts, and one that nothing here exceeds, with a dense store.
+TIGHT = {name: dict(budget=160) for name in EVICTING}
+AMPLE = {name: dict(budget=512, tiers=((16, 1.0),)) for name in EVICTING} | {
+    name: dict(tiers=((16, 1.0),)) for name in PAGED if name not in EVICTING
+}
+LOSSLESS = ["v1", *PAGED]
 DENSE_COUNTERPART = {"v2": "v1", "v4": "v3"}
 CLOSE = dict(rtol=0, atol=1e-4)
 torch.set_grad_enabled(False)
@@ -49,11 +57,13 @@ def generate(network, ids, cache, **kwargs):
 
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_lossless_methods_equal_plain_attention(network, name):
-    ids = random_ids(2, 40)
-    torch.testing.assert_close(read(network, ids, build_cache(name, network)), network(ids).logits, **CLOSE)
+    ids, lossless = random_ids(2, 240), AMPLE.get(name, {})
+    for pieces in (240, 70, [100, 40] + [1] * 100):
+        through_cache = read(network, ids, build_cache(name, network, **lossless), pieces)
+        torch.testing.assert_close(through_cache, network(ids).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", sorted(set(CACHED) - set(PAGED)))
 def test_tokens_at_once_equal_tokens_one_at_a_time(network, name):
     ids = random_ids(2, 30)
     at_once = read(network, ids, build_cache(name, network))
@@ -73,42 +83,61 @@ def test_the_attention_function_ran_on_every_layer(network, name):
 
 
 @pytest.mark.parametrize("name", CACHED)
-@pytest.mark.parametrize("capacity", [0, 50])
-def test_held_bytes_equal_the_closed_form(network, name, capacity):
-    cache = build_cache(name, network, capacity_tokens=capacity)
-    read(network, random_ids(3, 20), cache)
-    room = capacity or cache.layers[0].store.key.room.shape[2]
-    assert held_bytes(cache) == predicted_held_bytes(ModelSpec.of(network), name, 3, room)
+def test_held_bytes_equal_the_closed_form(network, name):
+    for capacity, options in ((250, TIGHT.get(name, {})), (50, {}), (0, {})):
+        if capacity or name not in PAGED:
+            cache = build_cache(name, network, capacity_tokens=capacity, **options)
+            read(network, random_ids(3, capacity or 20), cache, pieces=37)
+            room = capacity or cache.layers[0].store.key.room.shape[2]
+            assert held_bytes(cache) == predicted_held_bytes(ModelSpec.of(network), name, 3, room, **options)
 
 
 @pytest.mark.parametrize("name", CACHED)
 def test_keys_are_stored_per_kv_head(network, name):
     cache = build_cache(name, network)
     read(network, random_ids(1, 5), cache)
-    assert cache.layers[0].store.key.room.shape[1] == ModelSpec.of(network).n_kv_heads
+    store = cache.layers[0].store
+    stored = store.table.read()[0] if name in PAGED else store.key.room
+    assert stored.shape[1] == ModelSpec.of(network).n_kv_heads
+
+
+@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("heads", ["uniform", "adaptive"])
+def test_the_budget_holds_at_every_step(network, name, heads):
+    cache = build_cache(name, network, budget=160, heads=heads)
+    recipe = cache.layers[0].store.recipe
+    limits = [32 * pages + recipe.window_tokens + 32 for pages in recipe.layer_pages(4, 0)]
+    with attention_through_cache(network):
+        for piece in random_ids(2, 250).split([130, 33] + [1] * 87, dim=1):
+            network(piece, past_key_values=cache)
+            kept = [layer.store.table.n_kept for layer in cache.layers]
+            assert all((of_layer.mean(1) <= limit).all() for of_layer, limit in zip(kept, limits))
+    assert min(k.min() for k in kept) < 190, "something was evicted"
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_left_padded_batch_equals_single_sequences(network, name):
-    short, long = random_ids(1, 9, seed=1), random_ids(1, 14, seed=2)
-    padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1), long])
-    mask = (torch.arange(14)[None] >= torch.tensor([[5], [0]])).long()
-    together = generate(network, padded, build_cache(name, network), attention_mask=mask)
+@pytest.mark.parametrize("n_long, n_pads", [(14, 5), (230, 41)])
+def test_left_padded_batch_equals_single_sequences(network, name, n_long, n_pads):
+    options = TIGHT.get(name, {}) if n_long > 200 else {}
+    short, long = random_ids(1, n_long - n_pads, seed=1), random_ids(1, n_long, seed=2)
+    padded = torch.cat([torch.cat([torch.zeros(1, n_pads, dtype=torch.long), short], 1), long])
+    mask = (torch.arange(n_long)[None] >= torch.tensor([[n_pads], [0]])).long()
+    together = generate(network, padded, build_cache(name, network, **options), attention_mask=mask)
     for row, ids in ((0, short), (1, long)):
-        alone = generate(network, ids, build_cache(name, network))
-        assert together[row, 14:].tolist() == alone[0, ids.shape[1] :].tolist()
+        alone = generate(network, ids, build_cache(name, network, **options))
+        assert together[row, n_long:].tolist() == alone[0, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("name", CACHED)
 def test_two_prompts_through_one_object_equal_two_fresh_objects(network, name):
-    cache = build_cache(name, network)
-    read(network, random_ids(2, 25, seed=3), cache)
+    options = TIGHT.get(name, {})
+    cache = build_cache(name, network, **options)
+    read(network, random_ids(2, 225, seed=3), cache)
     cache.reset()
     assert cache.get_seq_length() == 0 and held_bytes(cache) == 0
-    ids = random_ids(1, 17, seed=4)
-    torch.testing.assert_close(
-        read(network, ids, cache), read(network, ids, build_cache(name, network)), rtol=0, atol=0
-    )
+    ids = random_ids(1, 217, seed=4)
+    fresh = read(network, ids, build_cache(name, network, **options), pieces=100)
+    torch.testing.assert_close(read(network, ids, cache, pieces=100), fresh, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
@@ -116,9 +145,9 @@ def test_two_prompts_through_one_object_equal_two_fresh_objects(network, name):
     "how", [dict(), dict(num_beams=3), dict(prefill_chunk_size=8), dict(num_beams=2, num_return_sequences=2)], ids=str
 )
 def test_generate_equals_transformers_cache(network, name, how):
-    ids = random_ids(2, 20)
+    ids = random_ids(2, 120)
     ours, theirs = (
-        generate(network, ids, build_cache(name, network), **how),
+        generate(network, ids, build_cache(name, network, **AMPLE.get(name, {})), **how),
         network.generate(
             ids,
             past_key_values=DynamicCache(config=network.config),
@@ -134,17 +163,18 @@ def test_generate_equals_transformers_cache(network, name, how):
 
 @pytest.mark.parametrize("name", CACHED)
 def test_assisted_decoding_equals_plain_greedy(network, name):
+    lossless = AMPLE.get(name, {})  # a lossy cache attends to new tokens before it quantises or drops them, as many as come
     ids = random_ids(1, 8).repeat(1, 3)  # repetitions, so that prompt lookup proposes tokens, and crops some
-    looked_up = generate(network, ids, build_cache(name, network), prompt_lookup_num_tokens=3)
-    assert looked_up.tolist() == generate(network, ids, build_cache(name, network)).tolist()
+    looked_up = generate(network, ids, build_cache(name, network, **lossless), prompt_lookup_num_tokens=3)
+    assert looked_up.tolist() == generate(network, ids, build_cache(name, network, **lossless)).tolist()
 
 
 @pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("how", [dict(num_beams=3), dict(do_sample=True, num_return_sequences=3)], ids=str)
 def test_beams_and_samples_run_to_their_length(network, name, how):
     torch.manual_seed(0)
-    out = generate(network, random_ids(2, 10), build_cache(name, network), **how)
-    assert out.shape == (2 * how.get("num_return_sequences", 1), 22)
+    out = generate(network, random_ids(2, 200), build_cache(name, network, **TIGHT.get(name, {})), **how)
+    assert out.shape == (2 * how.get("num_return_sequences", 1), 212)
 
 
 @pytest.mark.parametrize("name", CACHED)
@@ -161,8 +191,8 @@ def test_crop_forgets_the_newest_tokens(network, name):
 
 @pytest.mark.parametrize("name", CACHED)
 def test_batch_operations_move_whole_sequences(network, name):
-    ids, more = random_ids(3, 10), random_ids(3, 4, seed=5)
-    cache = build_cache(name, network)
+    ids, more = random_ids(3, 200), random_ids(3, 40, seed=5)
+    cache = build_cache(name, network, **TIGHT.get(name, {}))
     read(network, ids, cache)
     expected = read(network, more, copy.deepcopy(cache))
 
@@ -181,22 +211,25 @@ def test_batch_operations_move_whole_sequences(network, name):
 
 @pytest.mark.parametrize("name", CACHED)
 def test_a_deep_copy_leads_its_own_life(network, name):
-    cache = build_cache(name, network)
-    read(network, random_ids(1, 10), cache)
-    fork, more = copy.deepcopy(cache), random_ids(1, 5, seed=6)
-    expected = read(network, more, copy.deepcopy(cache))
-    read(network, random_ids(1, 7, seed=7), fork)
-    assert (cache.get_seq_length(), fork.get_seq_length()) == (10, 17)
+    cache = build_cache(name, network, **TIGHT.get(name, {}))
+    read(network, random_ids(1, 200), cache)
+    more, expected = random_ids(1, 35, seed=6), None
+    for duplicate in (copy.deepcopy, KVCache.fork):
+        twin, probe = duplicate(cache), duplicate(cache)
+        expected = read(network, more, probe) if expected is None else expected
+        read(network, random_ids(1, 41, seed=7), twin)
+        assert (cache.get_seq_length(), twin.get_seq_length()) == (200, 241)
     torch.testing.assert_close(read(network, more, cache), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", CACHED)
 def test_several_turns_on_one_cache_equal_one_long_prompt(network, name):
-    cache = build_cache(name, network)
-    first_turn = generate(network, random_ids(1, 10), cache)
+    lossless = AMPLE.get(name, {})
+    cache = build_cache(name, network, **lossless)
+    first_turn = generate(network, random_ids(1, 100), cache)
     second = torch.cat([first_turn, random_ids(1, 5, seed=8)], 1)
     continued = generate(network, second, cache)
-    assert continued.tolist() == generate(network, second, build_cache(name, network)).tolist()
+    assert continued.tolist() == generate(network, second, build_cache(name, network, **lossless)).tolist()
 
 
 def test_bf16_keeps_to_fp32_within_its_precision():

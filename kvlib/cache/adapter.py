@@ -1,5 +1,7 @@
 """The only door to transformers' cache API: a `Cache` made of layers that read a store."""
 
+import copy
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -14,6 +16,11 @@ def check_model(config: PretrainedConfig) -> None:
         raise ValueError(f"kvlib cache: expected a model of type {', '.join(MODEL_TYPES)}, got {config.model_type!r}.")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError("kvlib cache: this model has sliding-window layers; load it with use_sliding_window=False.")
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Channels of one head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 class KVLayer(CacheLayerMixin):
@@ -58,16 +65,17 @@ class KVLayer(CacheLayerMixin):
         return self.n_seen + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest |tokens_to_remove| tokens."""
-        self.n_seen = max(self.n_seen - abs(int(tokens_to_remove)), 0)
+        """Forget the newest |tokens_to_remove| tokens; raises ValueError where the store no longer can."""
+        n_removed = min(abs(int(tokens_to_remove)), self.n_seen)
+        if n_removed == self.n_seen:
+            return self.reset()
         if self.writes:
-            for buffer in self.store.buffers:
-                buffer.crop(self.n_seen)
+            self.store.forget(n_removed)
+        self.n_seen -= n_removed
 
     def _select(self, rows: Tensor) -> None:
-        if self.writes:
-            for buffer in self.store.buffers:
-                buffer.select(rows)
+        if self.writes and self.store.batch is not None:
+            self.store.select(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
@@ -76,15 +84,12 @@ class KVLayer(CacheLayerMixin):
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        room = self.store.buffers[0].room
-        if room is not None:
-            self._select(torch.arange(len(room)).repeat_interleave(repeats))
+        self._select(torch.arange(self.store.batch or 0).repeat_interleave(repeats))
 
     def reset(self) -> None:
         self.n_seen = self.n_attended = 0
         if self.writes:
-            for buffer in self.store.buffers:
-                buffer.reset()
+            self.store.reset()
 
     def offload(self) -> None:
         raise ValueError("kvlib cache: offloading is not supported; build the cache without it.")
@@ -100,6 +105,14 @@ class KVCache(Cache):
 
     def __init__(self, layers: list[KVLayer]):
         super().__init__(layers=layers)
+
+    def fork(self) -> "KVCache":
+        """An independent copy. Pages are shared until one of the two needs another content: no key or value is copied."""
+        stores = [layer.store for layer in self.layers if hasattr(layer.store, "pool")]
+        twin = copy.deepcopy(self, {id(store.pool): store.pool for store in stores})
+        for store in stores:
+            store.pool.retain(store.table.pages())
+        return twin
 
 
 PEERS = ("DynamicCache", "StaticCache")

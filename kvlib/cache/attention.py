@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "kvlib"
+VOTER_BLOCK = 128  # queries whose attention weights are formed at once
 
 
 @functools.cache
@@ -34,9 +35,9 @@ def attention_backend(device: str, dtype: torch.dtype) -> str:
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Attention of the newest t queries over all T keys: query [B, H, t, D], key and value [B, H_kv, T, D] -> [B, H, t, D].
 
-    `mask` [B, 1, t, T] is True (or 0) where a key is visible; None means causal. At t = 1 the query heads of a group
-    are packed as the queries of their KV head: the keys are read once, where torch's `enable_gqa` reads them per query
-    head on a CPU.
+    `mask` [B, 1 or H_kv, t, T] is True (or 0) where a key is visible; None means causal. At t = 1 the query heads of a
+    group are packed as the queries of their KV head: the keys are read once, where torch's `enable_gqa` reads them per
+    query head on a CPU.
     """
     batch, n_heads, t, head_dim = query.shape
     n_kv_heads, total = key.shape[1:3]
@@ -48,10 +49,66 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
         return out.reshape(batch, n_heads, 1, head_dim)
     if mask is None and t < total:
-        mask = torch.ones(t, total, dtype=torch.bool, device=query.device).tril(total - t)
+        mask = causal(t, total, query.device)
+    if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+        mask = mask.repeat_interleave(n_heads // n_kv_heads, 1)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=n_heads != n_kv_heads
     )
+
+
+def causal(t: int, total: int, device: torch.device) -> Tensor:
+    """bool [t, T]: the newest t queries each see the keys up to their own."""
+    return torch.ones(t, total, dtype=torch.bool, device=device).tril(total - t)
+
+
+def visible_keys(exists: Tensor | None, real: Tensor | None, t: int, key: Tensor) -> Tensor | None:
+    """Mask [B, 1 or H_kv, t, T] of keys [B, H_kv, T, D], the last t of them new; None where plain causal attention is meant.
+
+    `exists` bool [B, H_kv, T - t]: stored keys that a head has; `real` bool [B, t]: new ones that are no padding. Queries
+    of padding see padding too, so that no softmax is over nothing.
+    """
+    if exists is None and real is None:
+        return None
+    batch, total = key.shape[0], key.shape[2]
+    mask = causal(t, total, key.device).expand(batch, 1, t, total)
+    if real is not None:
+        new = real[:, None, None, :] | ~real[:, None, :, None]
+        mask = mask & torch.cat([new.new_ones(batch, 1, t, total - t), new], -1)
+    if exists is not None:
+        mask = mask & torch.cat([exists, exists.new_ones(*exists.shape[:2], t)], -1)[:, :, None]
+    return mask
+
+
+def attention_with_votes(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, real: Tensor | None, scaling: float, rule
+) -> tuple[Tensor, Tensor]:
+    """Attention as `dense_attention` gives it, and the keep rule's votes [B, H_kv, T] for the keys, in one pass.
+
+    Weights are formed for VOTER_BLOCK queries at a time, and only for those whose votes the rule's horizon lets count;
+    there is never a T x T matrix. Padding (`real` [B, t] False) does not vote.
+    """
+    batch, n_heads, t, _ = query.shape
+    n_kv_heads, total = key.shape[1:3]
+    silent = max(t - (rule.horizon or t), 0)
+    outputs, votes = [], torch.zeros(batch, n_kv_heads, total, device=key.device)
+    if silent:
+        seen, part = total - t + silent, None if mask is None else mask[:, :, :silent, : total - t + silent]
+        outputs.append(dense_attention(query[:, :, :silent], key[:, :, :seen], value[:, :, :seen], part, scaling))
+    for begin in range(silent, t, VOTER_BLOCK):
+        end = min(begin + VOTER_BLOCK, t)
+        seen = total - t + end
+        packed = query[:, :, begin:end].reshape(batch, n_kv_heads, -1, query.shape[-1])
+        logits = (packed @ key[:, :, :seen].transpose(-1, -2)).float().mul_(scaling)
+        logits = logits.view(batch, n_kv_heads, n_heads // n_kv_heads, end - begin, seen)
+        part = causal(end - begin, seen, key.device)[None, None] if mask is None else mask[:, :, begin:end, :seen]
+        weights = logits.masked_fill_(~part[:, :, None], -torch.inf).softmax(-1)
+        out = weights.flatten(2, 3).to(value.dtype) @ value[:, :, :seen]
+        outputs.append(out.view(batch, n_heads, end - begin, -1))
+        if real is not None:
+            weights = weights * real[:, None, None, begin:end, None]
+        votes[..., :seen] += rule.votes(weights, part.sum(-1)[:, :, None, :, None])
+    return torch.cat(outputs, 2), votes
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

@@ -53,3 +53,30 @@ class TokenBuffer:
     def reset(self) -> None:
         """Forget everything and give the room back."""
         self.length, self.room = 0, None
+
+
+class BufferedStore:
+    """What stores that consist of token buffers, `self.buffers`, have in common."""
+
+    buffers: list[TokenBuffer]
+
+    @property
+    def batch(self) -> int | None:
+        """Sequences stored, None before the first."""
+        room = self.buffers[0].room
+        return None if room is None else len(room)
+
+    def forget(self, n_tokens: int) -> None:
+        """Drop the newest tokens of every sequence."""
+        for buffer in self.buffers:
+            buffer.crop(max(buffer.length - n_tokens, 0))
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, in this order; rows may repeat."""
+        for buffer in self.buffers:
+            buffer.select(rows)
+
+    def reset(self) -> None:
+        """Forget everything and give the room back."""
+        for buffer in self.buffers:
+            buffer.reset()

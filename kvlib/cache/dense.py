@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from kvlib.cache.attention import dense_attention
-from kvlib.cache.buffer import TokenBuffer
+from kvlib.cache.buffer import BufferedStore, TokenBuffer
 
 
-class DenseStore:
+class DenseStore(BufferedStore):
     """Keys and values of one layer in the model's dtype."""
 
     materialises = False  # does attention first write a dense copy of what is stored?

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kvlib.cache.attention import dense_attention
-from kvlib.cache.buffer import TokenBuffer
+from kvlib.cache.buffer import BufferedStore, TokenBuffer
 from kvlib.cache.quant import dequantize_int8, quantize_int8
 
 
-class NaiveInt8Store:
+class NaiveInt8Store(BufferedStore):
     """Keys and values of one layer as int8 codes with one bf16 scale per token and KV head."""
 
     materialises = True  # does attention first write a dense copy of what is stored?

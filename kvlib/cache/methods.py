@@ -1,22 +1,28 @@
 """The methods: what is stored × which layer reads it, one line each."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kvlib.cache.adapter import KVCache, KVLayer, check_model
+from kvlib.cache.adapter import KVCache, KVLayer, check_model, head_dim
+from kvlib.cache.budget import Recipe
 from kvlib.cache.dense import DenseStore
 from kvlib.cache.int8 import NaiveInt8Store
+from kvlib.cache.keep import RULES
+from kvlib.cache.paged import PagedStore, paged_stores
+from kvlib.cache.pages import PagePool
 from kvlib.cache.sharing import adjacent_groups
 
 
 @dataclass(frozen=True)
 class Method:
-    """How one method caches: its store (None: no cache at all), and how many layers share one store."""
+    """How one method caches: its store (None: no cache at all), how many layers share one, and what pages keep."""
 
     summary: str
     store: type | None
     layers_per_group: int = 1
+    recipe: Recipe | None = None
 
 
 METHODS = {
@@ -25,6 +31,18 @@ METHODS = {
     "v2": Method("INT8 per token, quantised and dequantised in Python", NaiveInt8Store),
     "v3": Method("pairs of layers share the first one's cache", DenseStore, layers_per_group=2),
     "v4": Method("INT8, shared by pairs of layers", NaiveInt8Store, layers_per_group=2),
+    **{rule: Method(RULES[rule].summary, PagedStore, recipe=Recipe(rule, 0.25)) for rule in RULES},
+    "kivi-4": Method("4 bits, keys per channel, values per token", PagedStore, recipe=Recipe(tiers=((4, 1.0),))),
+    "kivi-2": Method("2 bits, keys per channel, values per token", PagedStore, recipe=Recipe(tiers=((2, 1.0),))),
+    "hybrid-5x": Method(
+        "half of the tokens at 4 bits", PagedStore, recipe=Recipe("keydiff", 0.5, ((4, 1.0),), layers="pyramid")
+    ),
+    "hybrid-8x": Method(
+        "a quarter of the tokens at 4 bits", PagedStore, recipe=Recipe("keydiff", 0.27, ((4, 1.0),), layers="pyramid")
+    ),
+    "hybrid-12x": Method(
+        "a sixth of the tokens at 4 and 2 bits", PagedStore, recipe=Recipe("keydiff", 0.165, ((4, 0.5), (2, 0.5)), layers="pyramid")
+    ),
 }
 
 
@@ -35,24 +53,43 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
+def override(name: str, options: dict) -> Recipe:
+    """A paged method's recipe with some fields replaced; a keep rule without its budget or reverse is refused."""
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    for option in options:
+        if option not in fields:
+            raise ValueError(f"{option}: expected one of {', '.join(fields)} for {name}.")
+    return dataclasses.replace(METHODS[name].recipe, **options)
+
+
 def build_cache(
     name: str,
     model: PreTrainedModel | PretrainedConfig,
     *,
     layers_per_group: int | None = None,
     capacity_tokens: int = 0,
+    pool: PagePool | None = None,
+    **recipe,
 ) -> KVCache | None:
     """A fresh cache of this method for this model; None for `v0`, which has none.
 
     `layers_per_group` overrides the group of a sharing method; `capacity_tokens` takes the room for that many tokens at
-    once, where the length is known. Raises ValueError for an unknown method or model, or a group that does not fit.
+    once, where the length is known, and is the context that a budget's fraction refers to. For paged methods, `pool` lets
+    caches share one pool, and fields of `Recipe` override the method's own. Raises ValueError for an unknown method,
+    model or option, and for one that does not fit.
     """
     method, config = get_method(name), getattr(model, "config", model)
     check_model(config)
+    n_layers = config.num_hidden_layers
     if layers_per_group is not None and method.layers_per_group == 1:
         raise ValueError(f"layers_per_group: {name} shares no layers; use v3 or v4.")
     if method.store is None:
         return None
-    owners = adjacent_groups(config.num_hidden_layers, layers_per_group or method.layers_per_group)
+    if method.recipe:
+        stores = paged_stores(override(name, recipe), pool or PagePool(head_dim(config)), n_layers, capacity_tokens)
+        return KVCache([KVLayer(store) for store in stores])
+    if pool or recipe:
+        raise ValueError(f"{', '.join(recipe) or 'pool'}: {name} has no pages; use a paged method.")
+    owners = adjacent_groups(n_layers, layers_per_group or method.layers_per_group)
     stores = {owner: method.store(capacity_tokens) for owner in sorted(set(owners))}
     return KVCache([KVLayer(stores[owner], writes=layer == owner) for layer, owner in enumerate(owners)])

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -16,7 +17,7 @@ from kvlib.spec import held_bytes as predicted_held_bytes
 
 
 def held_bytes(root: object) -> int:
-    """Bytes of every tensor storage reachable from an object (a cache, say), each storage once, slack included."""
+    """Bytes of every tensor storage and array reachable from an object (a cache, say), each once, slack included."""
     storages, seen, waiting = {}, set(), [root]
     while waiting:
         thing = waiting.pop()
@@ -25,6 +26,9 @@ def held_bytes(root: object) -> int:
         seen.add(id(thing))
         if isinstance(thing, torch.Tensor):
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, np.ndarray):
+            owner = thing if thing.base is None else thing.base
+            storages[id(owner)] = owner.nbytes
         elif isinstance(thing, dict):
             waiting.extend(thing.values())
         elif isinstance(thing, (list, tuple, set)):

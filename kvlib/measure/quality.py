@@ -47,19 +47,33 @@ class ChunkScores:
     agreement: np.ndarray
 
 
-def score_chunks(model: Model, method: str, rows: Tensor, **options) -> ChunkScores:
-    """Read every chunk [T + 1] through `method` and through v1, and compare."""
-    scores = []
-    for row in rows.to(model.device):
-        ids, targets = row[None, :-1], row[1:]
-        truth = logits_through_cache(model, "v1", ids)[0].float().log_softmax(-1)
-        ours = (
-            truth if method == "v1" else logits_through_cache(model, method, ids, **options)[0].float().log_softmax(-1)
-        )
-        kl = F.kl_div(ours, truth, log_target=True, reduction="none").sum(-1).mean()
-        same = (ours.argmax(-1) == truth.argmax(-1)).float().mean()
-        scores.append([F.nll_loss(ours, targets).item(), F.nll_loss(truth, targets).item(), kl.item(), same.item()])
-    return ChunkScores(*np.array(scores).T)
+def score_chunks(model: Model, method: str, rows: Tensor, piece_tokens: int = 256, **options) -> ChunkScores:
+    """Read chunks [n, T + 1] as one batch through `method` and through v1, side by side, and compare them piece by piece.
+
+    Paged methods know the length beforehand, as a server that bounds its requests does.
+    """
+    rows = rows.to(model.device)
+    totals = torch.zeros(4, len(rows), dtype=torch.float64)
+    with torch.no_grad(), attention_through_cache(model.network):
+        reference, cache = (capped_cache(model, m, rows.shape[1] - 1, **o) for m, o in (("v1", {}), (method, options)))
+        seen = 0
+        for ids, targets in zip(*(x.split(piece_tokens, 1) for x in (rows[:, :-1], rows[:, 1:]))):
+            truth = model.network(ids, past_key_values=reference).logits.float().log_softmax(-1)
+            if cache is None:
+                ours = model.network(rows[:, : seen + ids.shape[1]], use_cache=False).logits[:, seen:].float().log_softmax(-1)
+            else:
+                ours = model.network(ids, past_key_values=cache).logits.float().log_softmax(-1) if method != "v1" else truth
+            losses = [-x.gather(-1, targets[..., None]).squeeze(-1) for x in (ours, truth)]
+            kl = F.kl_div(ours, truth, log_target=True, reduction="none").sum(-1)
+            same = (ours.argmax(-1) == truth.argmax(-1)).float()
+            totals += torch.stack([x.sum(1).double().cpu() for x in (*losses, kl, same)])
+            seen += ids.shape[1]
+    return ChunkScores(*(totals / (rows.shape[1] - 1)).numpy())
+
+
+def capped_cache(model: Model, method: str, tokens: int, **options):
+    """A cache built for so many tokens."""
+    return build_cache(method, model.network, capacity_tokens=tokens, **options)
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:

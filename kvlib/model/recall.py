@@ -82,9 +82,9 @@ def needle_context(
     pairs: list[tuple[str, str]],
     n_tokens: int,
 ) -> list[int]:
-    """Exactly `n_tokens` ids: a stretch of real text from a random place, with a note for every pair at even depths.
+    """Exactly `n_tokens` ids: a stretch of real text from a random place, with a note for every pair, in their order.
 
-    The first note opens the text, the last stands 1 / n_pairs before its end. Raises ValueError if they do not fit.
+    Note i stands at a random place of the i-th of as many equal parts. Raises ValueError if they do not fit.
     """
     notes = [encode(question(k)) + encode(answer(v)) + encode("\n") for k, v in pairs]
     room = n_tokens - sum(map(len, notes))
@@ -93,8 +93,9 @@ def needle_context(
             f"needle_context: {len(pairs)} notes and {len(filler)} tokens of text cannot fill {n_tokens} tokens."
         )
     start = int(rng.integers(0, len(filler) - room + 1))
-    cuts = np.linspace(start, start + room, len(pairs) + 1).astype(int).tolist()
-    context = []
-    for note, begin, end in zip(notes, cuts, cuts[1:]):
-        context += note + filler[begin:end]
+    cuts = start + (np.arange(len(pairs)) + rng.random(len(pairs))) * room / len(pairs)
+    cuts = [start, *cuts.astype(int).tolist(), start + room]
+    context = filler[cuts[0] : cuts[1]]
+    for note, begin, end in zip(notes, cuts[1:], cuts[2:]):
+        context = context + note + filler[begin:end]
     return context

@@ -1,0 +1,230 @@
+"""The page pool: fixed-size blocks of keys and values that sequences share, as PagedAttention does (Kwon et al. 2023).
+
+A page holds PAGE_TOKENS tokens of one KV head of one layer at one precision. It lives in a slab with the others of its
+precision; its number stays when it moves to another slot. Full pages never change: who wants other contents makes a new
+page and releases the old one, so whoever shares it sees nothing.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlib.cache.kivi import DENSE, PAGE_TOKENS, PRECISIONS, PageFormat
+
+GROWTH = 1.25
+PAGE_BOOK_BYTES = 9  # of every page: its precision, slot and count of references
+NO_PAGE = -1
+
+
+class PoolExhausted(MemoryError):
+    """The pool's bytes do not suffice; nothing was changed."""
+
+
+class PagePool:
+    """Pages of `head_dim` channels within `budget_bytes` of slabs (None: as many as are asked for).
+
+    With a `salt`, full pages are known by a hash of the salt, the page before them and their contents: storing the same
+    prefix again finds the page that is there. Sequences under different salts never meet.
+    """
+
+    def __init__(self, head_dim: int, budget_bytes: int | None = None, salt: bytes | None = None):
+        self.head_dim, self.budget_bytes, self.salt = head_dim, budget_bytes, salt
+        self.formats: dict[int, PageFormat] = {}
+        self.slabs: dict[int, list[Tensor]] = {}
+        self.device = torch.device("cpu")
+        self.clear()
+
+    def clear(self) -> None:
+        """Give all storage back. Asserts that no page is in use."""
+        assert not hasattr(self, "references") or not self.references.any(), "page pool: cleared while pages are in use"
+        self.bits, self.slot = np.zeros(0, np.uint8), np.zeros(0, np.int32)
+        self.references = np.zeros(0, np.int32)
+        self.free_pages: list[int] = []
+        self.free_slots: dict[int, list[int]] = {bits: [] for bits in PRECISIONS}
+        self.slabs.clear()
+        self.known: dict[bytes, int] = {}
+        self.digest: dict[int, bytes] = {}
+
+    def open(self, like: Tensor) -> None:
+        """Take dtype and device from the first keys. Raises ValueError for later ones of another kind."""
+        if not self.formats:
+            self.device = like.device
+            self.formats = {bits: PageFormat(bits, self.head_dim, like.dtype) for bits in PRECISIONS}
+        expected = (self.head_dim, self.formats[DENSE].dtype, self.device)
+        if (like.shape[-1], like.dtype, like.device) != expected:
+            got = (like.shape[-1], like.dtype, like.device)
+            raise ValueError(f"page pool: expected head_dim, dtype and device {expected}, got {got}; use another pool.")
+
+    # Bytes
+
+    def room(self, bits: int) -> int:
+        """Slots of this precision, free ones included."""
+        return self.slabs[bits][0].shape[0] if bits in self.slabs else 0
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of all slabs, free slots included: what the budget limits."""
+        return sum(self.room(bits) * self.formats[bits].page_bytes for bits in self.slabs)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages in use."""
+        live = np.bincount(self.bits[self.references > 0], minlength=DENSE + 1)
+        return sum(int(live[bits]) * self.formats[bits].page_bytes for bits in self.slabs)
+
+    def require(self, pages: dict[int, int]) -> None:
+        """Raise PoolExhausted unless so many pages of each precision can be allocated; slabs may be compacted for it."""
+        if self.budget_bytes is None:
+            return
+        missing = {bits: n - len(self.free_slots[bits]) for bits, n in pages.items()}
+        growth = sum(self.formats[bits].page_bytes * max(n, 0) for bits, n in missing.items())
+        if growth and self.slab_bytes + growth > self.budget_bytes:
+            self.compact(pages)
+            growth = sum(self.formats[b].page_bytes * max(n - len(self.free_slots[b]), 0) for b, n in pages.items())
+            if self.slab_bytes + growth > self.budget_bytes:
+                raise PoolExhausted(
+                    f"page pool: {growth:,} more bytes are needed, {self.budget_bytes - self.slab_bytes:,} of "
+                    f"{self.budget_bytes:,} are free; free a sequence or raise budget_bytes."
+                )
+
+    def reserve(self, pages: dict[int, int]) -> None:
+        """Room for exactly so many more pages of each precision, taken at once."""
+        self.require(pages)
+        for bits, n in pages.items():
+            if n > len(self.free_slots[bits]):
+                self._resize(bits, self.room(bits) + n - len(self.free_slots[bits]))
+        self._number(sum(pages.values()) - len(self.free_pages))
+
+    def compact(self, spare: dict[int, int] | None = None) -> None:
+        """Move pages to the front of their slabs and give the rest back, but for `spare` free slots of each precision."""
+        for bits in list(self.slabs):
+            live = np.flatnonzero((self.references > 0) & (self.bits == bits))
+            room = min(len(live) + (spare or {}).get(bits, 0), self.room(bits))
+            if room < self.room(bits):
+                slots = torch.from_numpy(self.slot[live].astype(np.int64)).to(self.device)
+                fresh = [tensor.new_empty(room, *tensor.shape[1:]) for tensor in self.slabs[bits]]
+                for new, old in zip(fresh, self.slabs[bits]):
+                    new[: len(live)] = old[slots]
+                self.slabs[bits], self.slot[live] = fresh, np.arange(len(live))
+                self.free_slots[bits] = list(range(room - 1, len(live) - 1, -1))
+
+    def _resize(self, bits: int, room: int) -> None:
+        old, fields = self.slabs.get(bits), self.formats[bits].fields()
+        # Zeros: what no key was written to is masked, but 0 times NaN would not be.
+        fresh = [torch.zeros(room, *shape, dtype=dtype, device=self.device) for shape, dtype in fields.values()]
+        before = self.room(bits)
+        for new, tensor in zip(fresh, old or ()):
+            new[:before] = tensor
+        self.slabs[bits] = fresh
+        self.free_slots[bits][:0] = range(room - 1, before - 1, -1)
+
+    def _number(self, n: int) -> None:
+        """Make `n` more page numbers."""
+        if n > 0:
+            before = len(self.references)
+            for name in ("bits", "slot", "references"):
+                array = getattr(self, name)
+                setattr(self, name, np.concatenate([array, np.zeros(n, array.dtype)]))
+            self.free_pages[:0] = range(before + n - 1, before - 1, -1)
+
+    # Pages
+
+    def allocate(self, bits: int, n: int) -> np.ndarray:
+        """Numbers of `n` new pages, each with one reference. Raises PoolExhausted, and then nothing is changed."""
+        short = n - len(self.free_slots[bits])
+        if short > 0:
+            self.require({bits: n})
+            short = n - len(self.free_slots[bits])
+        if short > 0:
+            room = max(self.room(bits) + short, int(GROWTH * self.room(bits)))
+            if self.budget_bytes is not None:
+                others = self.slab_bytes - self.room(bits) * self.formats[bits].page_bytes
+                room = min(room, (self.budget_bytes - others) // self.formats[bits].page_bytes)
+            self._resize(bits, room)
+        if n > len(self.free_pages):
+            self._number(max(n - len(self.free_pages), int((GROWTH - 1) * len(self.references))))
+        pages = np.array([self.free_pages.pop() for _ in range(n)], np.int32)
+        self.slot[pages] = [self.free_slots[bits].pop() for _ in range(n)]
+        self.bits[pages], self.references[pages] = bits, 1
+        return pages
+
+    def retain(self, pages: np.ndarray) -> None:
+        """One more reference to each page; NO_PAGE entries are skipped."""
+        np.add.at(self.references, pages[pages >= 0], 1)
+
+    def release(self, pages: np.ndarray) -> None:
+        """One reference fewer; a page without any is free. NO_PAGE entries are skipped."""
+        pages = pages[pages >= 0]
+        np.subtract.at(self.references, pages, 1)
+        gone = np.unique(pages[self.references[pages] == 0])
+        assert (self.references[pages] >= 0).all(), "page pool: a page was released twice"
+        for page, bits, slot in zip(gone.tolist(), self.bits[gone].tolist(), self.slot[gone].tolist()):
+            self.free_slots[bits].append(slot)
+            self.free_pages.append(page)
+            self.known.pop(self.digest.pop(page, b""), None)
+
+    def _slots(self, pages: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.slot[pages].astype(np.int64)).to(self.device)
+
+    def store(self, bits: int, key: Tensor, value: Tensor, parents: np.ndarray | None = None) -> np.ndarray:
+        """Full pages of keys and values [n, 32, D] -> their numbers [n]; `parents` are the pages before them, if any."""
+        tensors = self.formats[bits].encode(key, value)
+        if self.salt is None:
+            pages = self.allocate(bits, len(key))
+            for slab, tensor in zip(self.slabs[bits], tensors):
+                slab[self._slots(pages)] = tensor
+            return pages
+        parents = np.full(len(key), NO_PAGE) if parents is None else parents
+        raw = [tensor.contiguous().view(len(key), -1).view(torch.uint8).cpu().numpy() for tensor in tensors]
+        pages = np.full(len(key), NO_PAGE, np.int32)
+        for i, parent in enumerate(parents.tolist()):
+            chain = hashlib.blake2b(self.salt + bytes([bits]) + self.digest.get(parent, b""), digest_size=16)
+            for field in raw:
+                chain.update(field[i])
+            digest = chain.digest()
+            if digest in self.known:
+                pages[i] = self.known[digest]
+                self.retain(pages[i : i + 1])
+                continue
+            pages[i : i + 1] = self.allocate(bits, 1)
+            self.known[digest], self.digest[int(pages[i])] = int(pages[i]), digest
+            for slab, tensor in zip(self.slabs[bits], tensors):
+                slab[self._slots(pages[i : i + 1])] = tensor[i : i + 1]
+        return pages
+
+    def own(self, pages: np.ndarray) -> np.ndarray:
+        """These dense pages, to be written to: those that are shared are replaced by copies (copy-on-write)."""
+        shared = self.references[pages] > 1
+        if shared.any():
+            copies = self.allocate(DENSE, int(shared.sum()))
+            for slab in self.slabs[DENSE]:
+                slab[self._slots(copies)] = slab[self._slots(pages[shared])]
+            self.release(pages[shared])
+            pages = pages.copy()
+            pages[shared] = copies
+        return pages
+
+    def write(self, pages: np.ndarray, offsets: np.ndarray, key: Tensor, value: Tensor) -> None:
+        """Put tokens [..., D] at offsets of open dense pages [...]."""
+        assert (self.references[pages] == 1).all(), "page pool: a shared page was written to"
+        at = self._slots(pages), torch.from_numpy(offsets).to(self.device)
+        for slab, tensor in zip(self.slabs[DENSE], (key, value)):
+            slab[at] = tensor
+
+    def read(self, pages: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., 32, D] of pages [...] of any precisions; for NO_PAGE whatever some page holds."""
+        pages = np.maximum(pages, 0)
+        precisions = np.unique(self.bits[pages]).tolist()
+        shape = (*pages.shape, PAGE_TOKENS, self.head_dim)
+        if len(precisions) == 1:
+            tensors = [slab[self._slots(pages.ravel())] for slab in self.slabs[precisions[0]]]
+            return tuple(x.view(shape) for x in self.formats[precisions[0]].decode(tensors))
+        key, value = (torch.empty(shape, dtype=self.formats[DENSE].dtype, device=self.device) for _ in range(2))
+        for bits in precisions:
+            chosen = np.nonzero(self.bits[pages] == bits)
+            tensors = [slab[self._slots(pages[chosen])] for slab in self.slabs[bits]]
+            at = tuple(torch.from_numpy(index).to(self.device) for index in chosen)
+            key[at], value[at] = self.formats[bits].decode(tensors)
+        return key, value
