@@ -12,6 +12,7 @@ from kvlib.cache.methods import METHODS
 from kvlib.measure import capacity, errors, quality, retrieval
 from kvlib.measure.decode import measure_decode, measure_generation
 from kvlib.measure.decoder import Decoder, prompt_ids
+from kvlib.measure.mass import log_mass, measure_mass
 from kvlib.measure.memory import held_bytes, measure_memory, peak_bytes
 from kvlib.measure.phases import PHASES, measure_phases, phases_of
 from kvlib.measure.roofline import count_flops, measure_roofline
@@ -120,17 +121,53 @@ def test_quality_of_v1_is_the_models_own_and_methods_are_ordered(tiny_gpt2):
 
 
 def test_pieces_of_a_chunk_see_the_pieces_before_them(tiny_gpt2):
-    ids = torch.tensor([tiny_gpt2.encode(held_out_text())[:90]])
-    small, large = (quality.logits_through_cache(tiny_gpt2, "v1", ids, piece_tokens=n) for n in (16, 90))
-    torch.testing.assert_close(small, large, rtol=0, atol=1e-3)
+    rows = quality.chunks(tiny_gpt2.held_out_ids, 90, 2)
+    whole, cut = (quality.compare(tiny_gpt2, "v1", rows, pieces) for pieces in ([90], [16] * 5 + [10]))
+    np.testing.assert_allclose(cut.merged(1).loss, whole.loss, rtol=0, atol=1e-4)
+    assert cut.loss.shape == (2, 6) and cut.held_bytes == spec.held_bytes(tiny_gpt2.spec, "v1", 1, 90)
 
 
-def test_needles_report_each_depth_and_leave_the_cache_as_it_was(tiny_gpt2):
-    filler = tiny_gpt2.encode(held_out_text())
+def test_drift_grows_with_what_was_dropped_and_only_then(tiny_gpt2):
+    turns = {
+        name: [row["kl_nats"] for row in quality.measure_drift(tiny_gpt2, method, 4, 64, 16, 2, **options)]
+        for name, method, options in (("all", "h2o", dict(budget=512)), ("few", "h2o", dict(budget=96)), ("v1", "v1", {}))
+    }
+    assert turns["v1"] == [0] * 4 and max(map(abs, turns["all"])) < 1e-5 and abs(turns["few"][0]) < 1e-5  # all 64 are kept
+    assert turns["few"][3] > 1e-3
+
+
+def test_attention_mass_is_one_where_all_is_kept_and_less_where_not(tiny_gpt2):
+    every, some = (
+        [row["attention_captured"] for row in measure_mass(tiny_gpt2, "streaming", 256, 2, budget=budget)]
+        for budget in (512, 96)
+    )
+    assert every == pytest.approx([1] * 8, abs=1e-5)
+    assert max(some) < 1 and min(some) > 0.1
+
+
+def test_log_mass_equals_softmax_over_what_exists():
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 10, 8)
+    exists = torch.rand(1, 2, 10) < 0.5
+    weights = (query.view(1, 2, 6, 8) @ key.transpose(-1, -2) * 0.3).softmax(-1)
+    share = (log_mass(query, key, exists, 0.3) - log_mass(query, key, None, 0.3)).exp()
+    torch.testing.assert_close(share, (weights * exists[:, :, None]).sum(-1))
+
+
+def test_needles_report_each_depth(tiny_gpt2):
+    filler = tiny_gpt2.held_out_ids
     rows = retrieval.measure_needles(tiny_gpt2, filler, "v1", 200, n_contexts=2, n_pairs=4)
     assert [row["depth"] for row in rows] == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert {row["n_asked"] for row in rows} == {2} and rows[0]["chance"] == 0.25
     assert rows == retrieval.measure_needles(tiny_gpt2, filler, "v1", 200, n_contexts=2, n_pairs=4)
+    assert all(row["recall_low"] <= row["recall"] <= row["recall_high"] for row in rows)
+
+
+def test_recall_needs_the_notes_to_be_in_the_cache(tiny_gpt2):
+    whole, recent = (
+        retrieval.measure_recall(tiny_gpt2, tiny_gpt2.held_out_ids, "streaming", 400, n_contexts=3, budget=budget)
+        for budget in (512, 96)
+    )
+    assert whole["recall"] > 0.9 and recent["recall"] < 0.5 and whole["n_asked"] == 24
 
 
 def test_errors_by_axis(tiny_gpt2):

@@ -189,6 +189,19 @@ def test_crop_forgets_the_newest_tokens(network, name):
     torch.testing.assert_close(read(network, more, cache), read(network, more, fresh), rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize("name", PAGED)
+def test_crop_refuses_what_was_quantised_or_dropped(network, name):
+    cache = build_cache(name, network, **TIGHT.get(name, {}))
+    read(network, random_ids(1, 200), cache)
+    with pytest.raises(ValueError, match="newest 40 tokens, not 41"):
+        cache.crop(-41)
+    assert cache.get_seq_length() == 200
+    cache.crop(-40)
+    assert cache.get_seq_length() == 160
+    cache.crop(-160)
+    assert cache.get_seq_length() == 0 and held_bytes(cache) == 0
+
+
 @pytest.mark.parametrize("name", CACHED)
 def test_batch_operations_move_whole_sequences(network, name):
     ids, more = random_ids(3, 200), random_ids(3, 40, seed=5)
@@ -232,12 +245,13 @@ def test_several_turns_on_one_cache_equal_one_long_prompt(network, name):
     assert continued.tolist() == generate(network, second, build_cache(name, network, **lossless)).tolist()
 
 
-def test_bf16_keeps_to_fp32_within_its_precision():
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_bf16_keeps_to_fp32_within_its_precision(name):
     network = tiny_network("qwen2", torch.bfloat16)
-    ids = random_ids(1, 30)
+    ids = random_ids(1, 130)
     truth = tiny_network("qwen2")(ids).logits
     plain = (network(ids).logits.float() - truth).abs().max()
-    ours = (read(network, ids, build_cache("v1", network)).float() - truth).abs().max()
+    ours = (read(network, ids, build_cache(name, network, **AMPLE.get(name, {}))).float() - truth).abs().max()
     assert ours <= 2 * plain
 
 

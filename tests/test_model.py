@@ -122,13 +122,16 @@ def test_training_examples_mark_exactly_the_repeated_values():
     assert marked == is_answer.sum() > 0
 
 
-def test_needle_contexts_hold_every_note_at_even_depths():
+def test_needle_contexts_hold_every_note_in_its_part():
     pairs = recall.draw_pairs(np.random.default_rng(1), 8)
     context = recall.needle_context(np.random.default_rng(2), encode("." * 5000), encode, pairs, 1000)
     text = bytes(context).decode()
     assert len(context) == 1000
     places = [text.index(recall.question(k) + recall.answer(v) + "\n") for k, v in pairs]
-    assert places[0] == 0 and places == sorted(places)
+    lengths = [len(recall.question(k) + recall.answer(v)) + 1 for k, v in pairs]
+    part = (1000 - sum(lengths)) / 8  # tokens of text for each note
+    before = [place - sum(lengths[:i]) for i, place in enumerate(places)]  # tokens of text before it
+    assert all(i * part - 1 <= n <= (i + 1) * part for i, n in enumerate(before)) and before[0] > 0
     with pytest.raises(ValueError, match="cannot fill 100 tokens"):
         recall.needle_context(np.random.default_rng(2), encode("." * 50), encode, pairs, 100)
     with pytest.raises(ValueError, match="at most"):

@@ -13,6 +13,7 @@ from kvlib.report.results import sweep
 ABOUT = dict(model="tiny-gpt2", weights="trained-small", device="x86_64 x 2 threads", dtype="float32")
 METHODS = ["v0", "v1", "v2-fused"]
 LENGTHS = [64, 256, 1024]
+MARKERS = "".join(f"<!-- {marker}:begin -->\n<!-- {marker}:end -->\n" for marker in tables.README_TABLES)
 
 
 @pytest.fixture(autouse=True)
@@ -173,21 +174,25 @@ def record(table, values, profile="laptop", about=ABOUT):
 
 def test_the_readme_goes_stale_and_is_renewed(output, capsys):
     readme, longest = output / "README.md", {"context_tokens": max(LENGTHS)}
-    readme.write_text("# Title\n<!-- results:begin -->\n<!-- results:end -->\n")
+    readme.write_text("# Title\n" + MARKERS)
     record("01_latency", {"v1": [{"total_tokens": t, "total_ms": 10.0 * t, "tpot_ms": t / 100} for t in LENGTHS]})
     record("01_memory", {"v1": [longest | {"held_bytes": 2**20}, {"context_tokens": 1, "held_bytes": 5}]})
     record("03_quality", {"v1": longest | {"perplexity": 20.04, "perplexity_low": 19.0, "perplexity_high": 21.0}})
     record("05_capacity", {"v1": longest | {"max_batch": 12}})
+    hybrid = {"held_bytes": 2**19, "perplexity_x": 1.02, "recall": 0.99, "tpot_x": 2.0}
+    for table, (_, columns) in tables.README_TABLES["hybrid"].items():
+        record(table, {"hybrid-8x": longest | {column: hybrid[column] for column in columns if column in hybrid}})
     assert tables.main(["--check"]) == 1
     assert capsys.readouterr().err == "README.md: its results table is stale; run python -m kvlib.report.tables.\n"
     assert tables.main([]) == 0 and tables.main(["--check"]) == 0
     assert "| v1 | 10,240 | 10.2 | 1 | 20.0 [19.0, 21.0] | 12 |" in readme.read_text()
+    assert "| hybrid-8x | 0.500 | 1.02 | 0.990 | 2 |" in readme.read_text()
     record("05_capacity", {"v1": longest | {"max_batch": 13}})
     assert tables.main(["--check"]) == 1
 
 
 def test_the_readme_never_shows_quality_of_random_weights(output, capsys):
-    (output / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    (output / "README.md").write_text(MARKERS)
     record("01_latency", {"v1": {"total_tokens": 9, "total_ms": 1.0, "tpot_ms": 1.0}}, about=ABOUT | {"weights": "random"})
     record("01_memory", {"v1": {"context_tokens": 9, "held_bytes": 5}}, about=ABOUT | {"weights": "random"})
     record("03_quality", {"v1": {"context_tokens": 9, "perplexity": 9.9}}, about=ABOUT | {"weights": "random"})

@@ -228,6 +228,13 @@ def test_chat_tasks_equal_the_whole_rendered_turn(chat):
     assert row["answer"] == plain_answer(chat, ids, 6) and row["n_context_tokens"] == len(ids) - len(chat.encode(asked))
 
 
+def test_a_task_is_scored_over_its_questions(qwen):
+    row = ruler.measure_task(qwen, "hybrid-8x", "multi_key_needle", 500, n_examples=2)
+    assert row["n_asked"] == 8 and 0 <= row["recall_low"] <= row["recall"] <= row["recall_high"] <= 1
+    with pytest.raises(ValueError, match="expected one of single_key_needle.*'needle'"):
+        ruler.measure_task(qwen, "v1", "needle", 500, n_examples=1)
+
+
 # LongBench v2
 
 

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "kvlib"
-VOTER_BLOCK = 128  # queries whose attention weights are formed at once
+VOTER_BLOCK = 64  # queries whose attention weights are formed at once
 
 
 @functools.cache

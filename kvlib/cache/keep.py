@@ -1,8 +1,9 @@
 """Keep rules: which tokens stay when there is not room for all. A rule gives every token of every KV head a score.
 
-A token starts with a score that its position or its key gives it. Where a rule looks at attention, a query votes for the keys it attends to: its weights, summed over the query heads that
-share the KV head. Scores add up the votes of the newest `horizon` queries: t new queries weigh the past down by
-1 - t / horizon first. Equal scores: the earlier token stays.
+A token starts with a score that its position or its key gives it, or with none. Where a rule looks at attention, a query
+votes for the keys it attends to: its weights, summed over the query heads that share the KV head. Scores add up the votes
+of the newest `horizon` queries: t new queries first weigh the past down by 1 - t / horizon. Equal scores: the earlier
+token stays.
 """
 
 from collections.abc import Callable

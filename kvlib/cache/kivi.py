@@ -1,7 +1,8 @@
 """What a page looks like at each precision: dense, or KIVI's 8, 4 and 2 bits (Liu et al. 2024, arXiv 2402.02750).
 
 Keys share a scale per channel over the page's 32 tokens, because a few channels are large in every token; values share one
-per token over 32 channels. We depart from KIVI in that a page is quantised once, when it is full, and never repacked.
+per token over 32 channels. We depart from KIVI in that a page is quantised once, when it is full, and never repacked. Only
+demotion to fewer bits quantises again: its error is at most half a step of the one and half a step of the other precision.
 """
 
 import math

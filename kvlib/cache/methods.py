@@ -1,4 +1,4 @@
-"""The methods: what is stored × which layer reads it, one line each."""
+"""The methods: which tokens stay × how they are stored × which layer reads them, one line each."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvlib.cache.adapter import KVCache, KVLayer, check_model, head_dim
-from kvlib.cache.budget import Recipe
 from kvlib.cache.dense import DenseStore
 from kvlib.cache.int8 import NaiveInt8Store
 from kvlib.cache.keep import RULES
 from kvlib.cache.paged import PagedStore, paged_stores
 from kvlib.cache.pages import PagePool
+from kvlib.cache.recipe import Recipe
 from kvlib.cache.sharing import adjacent_groups
 
 
@@ -25,24 +25,23 @@ class Method:
     recipe: Recipe | None = None
 
 
+def paged(summary: str, **recipe) -> Method:
+    """A method whose tokens live in pages, under this recipe."""
+    return Method(summary, PagedStore, recipe=Recipe(**recipe))
+
+
 METHODS = {
     "v0": Method("no cache: every step recomputes the prefix", None),
     "v1": Method("keys and values as they are", DenseStore),
     "v2": Method("INT8 per token, quantised and dequantised in Python", NaiveInt8Store),
     "v3": Method("pairs of layers share the first one's cache", DenseStore, layers_per_group=2),
     "v4": Method("INT8, shared by pairs of layers", NaiveInt8Store, layers_per_group=2),
-    **{rule: Method(RULES[rule].summary, PagedStore, recipe=Recipe(rule, 0.25)) for rule in RULES},
-    "kivi-4": Method("4 bits, keys per channel, values per token", PagedStore, recipe=Recipe(tiers=((4, 1.0),))),
-    "kivi-2": Method("2 bits, keys per channel, values per token", PagedStore, recipe=Recipe(tiers=((2, 1.0),))),
-    "hybrid-5x": Method(
-        "half of the tokens at 4 bits", PagedStore, recipe=Recipe("keydiff", 0.5, ((4, 1.0),), layers="pyramid")
-    ),
-    "hybrid-8x": Method(
-        "a quarter of the tokens at 4 bits", PagedStore, recipe=Recipe("keydiff", 0.27, ((4, 1.0),), layers="pyramid")
-    ),
-    "hybrid-12x": Method(
-        "a sixth of the tokens at 4 and 2 bits", PagedStore, recipe=Recipe("keydiff", 0.165, ((4, 0.5), (2, 0.5)), layers="pyramid")
-    ),
+    **{rule: paged(RULES[rule].summary, keep=rule, budget=0.25) for rule in RULES},
+    "kivi-4": paged("4 bits, keys per channel, values per token", tiers=((4, 1.0),)),
+    "kivi-2": paged("2 bits, keys per channel, values per token", tiers=((2, 1.0),)),
+    "hybrid-5x": paged("half of the tokens", keep="keydiff", budget=0.5, layers="pyramid", tiers=((4, 1.0),)),
+    "hybrid-8x": paged("a quarter", keep="keydiff", budget=0.27, layers="pyramid", tiers=((4, 1.0),)),
+    "hybrid-12x": paged("a sixth", keep="keydiff", budget=0.165, layers="pyramid", tiers=((4, 0.5), (2, 0.5))),
 }
 
 

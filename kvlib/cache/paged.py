@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvlib.cache.attention import attention_with_votes, dense_attention, visible_keys
-from kvlib.cache.budget import Recipe
 from kvlib.cache.compete import compete
 from kvlib.cache.keep import RULES
 from kvlib.cache.kivi import DENSE, PAGE_TOKENS
 from kvlib.cache.pages import NO_PAGE, PagePool
+from kvlib.cache.recipe import Recipe
 from kvlib.cache.table import BlockTable
 
 
@@ -47,7 +47,8 @@ class PagedStore:
     def append(self, key: Tensor, value: Tensor) -> None:
         """Take keys and values [B, H_kv, t, D] of new tokens; they are filed once attention has looked at them.
 
-        Raises ValueError for NaN or infinity, and PoolExhausted where the pool has no room for them; nothing changes then.
+        Raises ValueError for NaN or infinity, and PoolExhausted where the pool has no room for them in all layers, before
+        this layer, or any, has changed.
         """
         self.pool.open(key)
         for what, x in (("key", key), ("value", value)):
@@ -167,7 +168,8 @@ class PagedStore:
                     table.set_score("window", rows, scores[..., oldest:])
                 exits = [torch.cat(pair, 2) for pair in zip(stored, exits)]
                 self.pool.release(old)
-                table.window[rows] = np.pad(table.window[rows, :, slots:], ((0, 0), (0, 0), (0, slots)), constant_values=NO_PAGE)
+                left = table.window[rows, :, slots:]
+                table.window[rows] = np.pad(left, ((0, 0), (0, 0), (0, slots)), constant_values=NO_PAGE)
             if self.rule:
                 compete(self, rows, self.limit(end), *exits)
             else:

@@ -25,7 +25,8 @@ class BlockTable:
         self.n_seen, self.start = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
         widths = {"full": full_pages, "reservoir": PAGE_TOKENS, "window": (window_pages + 1) * PAGE_TOKENS} if rule else {}
         self.scores = {part: torch.zeros(batch, n_heads, n, device=pool.device) for part, n in widths.items()}
-        self.key_sum = torch.zeros(batch, n_heads, pool.head_dim * (rule is not None and rule.looks_at_keys), device=pool.device)
+        channels = pool.head_dim if rule and rule.looks_at_keys else 0
+        self.key_sum = torch.zeros(batch, n_heads, channels, device=pool.device)
 
     @property
     def batch(self) -> int:

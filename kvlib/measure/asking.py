@@ -36,11 +36,11 @@ def prompt_parts(model: Model, context: str, question: str) -> tuple[str, str]:
 def read_context(model: Model, method: str, context_ids: list[int], **options) -> KVCache:
     """A fresh cache of this method, built with `options`, that has read the context; use inside `attention_through_cache`.
 
-    Without `capacity_tokens` among them, a budget that is a fraction is one of the tokens seen so far. Raises ValueError
-    for a context longer than the model allows, and for v0, which keeps nothing to ask.
+    A budget that is a fraction is one of the context. Raises ValueError for a context longer than the model allows, and for
+    v0, which keeps nothing to ask.
     """
     model.check_context(len(context_ids))
-    cache = build_cache(method, model.network, **options)
+    cache = build_cache(method, model.network, **{"capacity_tokens": len(context_ids)} | options)
     if cache is None:
         raise ValueError(f"read_context: expected a method with a cache, got {method!r}; v1 gives the same answers.")
     model.network(torch.tensor([context_ids], device=model.device), past_key_values=cache, logits_to_keep=1)

@@ -34,13 +34,13 @@ def measure_generation(
 
 
 def measure_decode(
-    model: Model, methods: list[str], context_tokens: int, batch: int = 1, n_steps: int = 16, **options
+    model: Model, methods: list[str], context_tokens: int, batch: int = 1, n_steps: int = 16, n_prefills: int = 3, **options
 ) -> list[dict[str, float]]:
     """TTFT of a prompt and TPOT at its end, all methods in one process, taking turns step by step; one row each.
 
-    -> method, ttft_ms, tpot_ms with quartiles, tpot_x (over the first method's, step by step) with quartiles,
-    tokens_per_s over the batch, held_bytes. The prompt is `context_tokens - n_steps` long, so the last step sees
-    `context_tokens`.
+    -> method, ttft_ms (of `n_prefills` prompts) and tpot_ms with quartiles, tpot_x (over the first method's, step by step)
+    with quartiles, tokens_per_s over the batch, held_bytes. The prompt is `context_tokens - n_steps` long, so the last step
+    sees `context_tokens`.
     """
     model.check_context(context_tokens)
     if n_steps >= context_tokens:
@@ -49,10 +49,11 @@ def measure_decode(
     with attention_through_cache(model.network):
         for method in methods:
             warm_up(model, method, batch)
-        decoders = {
-            m: Decoder(model, m, prompt, context_tokens, **(options if m not in PEERS else {})) for m in methods
-        }
-        ttft = {m: milliseconds(model.device, decoder.step) for m, decoder in decoders.items()}
+        decoders, ttft = {}, {m: [] for m in methods}
+        for _ in range(n_prefills):
+            for m in methods:
+                decoders[m] = Decoder(model, m, prompt, context_tokens, **(options if m not in PEERS else {}))
+                ttft[m].append(milliseconds(model.device, decoders[m].step))
         times = {m: [] for m in methods}
         for _ in range(n_steps):
             for m, decoder in decoders.items():
@@ -61,7 +62,7 @@ def measure_decode(
     return [
         {
             "method": m,
-            "ttft_ms": ttft[m],
+            **spread(ttft[m], "ttft_ms"),
             **spread(times[m], "tpot_ms"),
             **spread(list(np.array(times[m]) / first), "tpot_x"),
             "tokens_per_s": 1e3 * batch / float(np.median(times[m])),

@@ -14,19 +14,10 @@ from torch.nn import functional as F
 
 from kvlib.cache.attention import attention_through_cache
 from kvlib.cache.methods import build_cache
+from kvlib.measure.memory import held_bytes
 from kvlib.model.load import Model
 
-
-@torch.no_grad()
-def logits_through_cache(model: Model, method: str, ids: Tensor, piece_tokens: int = 256, **options) -> Tensor:
-    """Next-token logits [B, T, vocabulary] of ids [B, T], read piece by piece through a fresh cache of this method."""
-    network = model.network
-    with attention_through_cache(network):
-        cache = build_cache(method, network, **options)
-        if cache is None:
-            return network(ids, use_cache=False).logits
-        return torch.cat([network(piece, past_key_values=cache).logits for piece in ids.split(piece_tokens, dim=1)], 1)
-
+BATCH_CHUNKS = 8
 
 def chunks(ids: list[int], context_tokens: int, n_chunks: int) -> Tensor:
     """The first `n_chunks` runs of `context_tokens` + 1 ids, [n, T + 1]. Raises ValueError if the text is too short."""
@@ -38,42 +29,55 @@ def chunks(ids: list[int], context_tokens: int, n_chunks: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ChunkScores:
-    """Per chunk, mean over its tokens: loss and v1's loss (nats), KL from v1 (nats), agreement of the likeliest token."""
+class Scores:
+    """Per chunk and piece, mean over its tokens, [n, pieces]: loss and v1's loss (nats), KL from v1 (nats), and how often
+    the likeliest token is v1's. `tokens` [pieces] is how long the pieces are, `held_bytes` what the cache of one chunk held
+    at the end."""
 
     loss: np.ndarray
     v1_loss: np.ndarray
     kl: np.ndarray
     agreement: np.ndarray
+    tokens: np.ndarray
+    held_bytes: int
+
+    def merged(self, n_groups: int) -> "Scores":
+        """The same with every run of pieces / n_groups pieces taken as one."""
+        tokens = self.tokens.reshape(n_groups, -1)
+        parts = (self.loss, self.v1_loss, self.kl, self.agreement)
+        means = ((x.reshape(len(x), *tokens.shape) * tokens).sum(-1) / tokens.sum(-1) for x in parts)
+        return Scores(*means, tokens.sum(-1), self.held_bytes)
 
 
-def score_chunks(model: Model, method: str, rows: Tensor, piece_tokens: int = 256, **options) -> ChunkScores:
-    """Read chunks [n, T + 1] as one batch through `method` and through v1, side by side, and compare them piece by piece.
+@torch.no_grad()
+def compare(model: Model, method: str, rows: Tensor, pieces: list[int], **options) -> Scores:
+    """Read chunks [n, T + 1] as one batch, piece by piece, through a cache of `method` and through v1's, and compare.
 
-    Paged methods know the length beforehand, as a server that bounds its requests does.
+    The caches know T beforehand, as those of a server that bounds its requests do.
     """
-    rows = rows.to(model.device)
-    totals = torch.zeros(4, len(rows), dtype=torch.float64)
-    with torch.no_grad(), attention_through_cache(model.network):
-        reference, cache = (capped_cache(model, m, rows.shape[1] - 1, **o) for m, o in (("v1", {}), (method, options)))
-        seen = 0
-        for ids, targets in zip(*(x.split(piece_tokens, 1) for x in (rows[:, :-1], rows[:, 1:]))):
-            truth = model.network(ids, past_key_values=reference).logits.float().log_softmax(-1)
-            if cache is None:
-                ours = model.network(rows[:, : seen + ids.shape[1]], use_cache=False).logits[:, seen:].float().log_softmax(-1)
+    rows, scores, seen = rows.to(model.device), [], 0
+    assert sum(pieces) == rows.shape[1] - 1, "compare: the pieces make up the chunks"
+    with attention_through_cache(model.network):
+        truth, cache = (
+            build_cache(name, model.network, capacity_tokens=rows.shape[1] - 1, **chosen)
+            for name, chosen in (("v1", {}), (method, options))
+        )
+        for ids in rows[:, :-1].split(pieces, 1):
+            targets = rows[:, seen + 1 : seen + 1 + ids.shape[1], None]
+            expected = model.network(ids, past_key_values=truth).logits.float().log_softmax(-1)
+            if method == "v1":
+                ours = expected
+            elif cache is None:
+                whole = rows[:, : seen + ids.shape[1]]
+                ours = model.network(whole, use_cache=False).logits[:, seen:].float().log_softmax(-1)
             else:
-                ours = model.network(ids, past_key_values=cache).logits.float().log_softmax(-1) if method != "v1" else truth
-            losses = [-x.gather(-1, targets[..., None]).squeeze(-1) for x in (ours, truth)]
-            kl = F.kl_div(ours, truth, log_target=True, reduction="none").sum(-1)
-            same = (ours.argmax(-1) == truth.argmax(-1)).float()
-            totals += torch.stack([x.sum(1).double().cpu() for x in (*losses, kl, same)])
+                ours = model.network(ids, past_key_values=cache).logits.float().log_softmax(-1)
+            kl = F.kl_div(ours, expected, log_target=True, reduction="none").sum(-1)
+            same = (ours.argmax(-1) == expected.argmax(-1)).float()
+            scores.append([x.mean(1) for x in (*(-x.gather(-1, targets)[..., 0] for x in (ours, expected)), kl, same)])
             seen += ids.shape[1]
-    return ChunkScores(*(totals / (rows.shape[1] - 1)).numpy())
-
-
-def capped_cache(model: Model, method: str, tokens: int, **options):
-    """A cache built for so many tokens."""
-    return build_cache(method, model.network, capacity_tokens=tokens, **options)
+    means = (torch.stack(part, 1).double().cpu().numpy() for part in zip(*scores))
+    return Scores(*means, np.array(pieces), held_bytes(truth if method == "v1" else cache) // len(rows))
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -85,29 +89,59 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 
 def measure_quality(
-    model: Model, text: str, method: str, context_tokens: int, n_chunks: int, **options
+    model: Model, text: str, method: str, context_tokens: int, n_chunks: int, piece_tokens: int = 256, **options
 ) -> dict[str, float]:
     """Perplexity of a text through the cache, beside v1's on the same chunks.
 
     -> perplexity and perplexity_x (over v1's, paired chunk by chunk) with 95 % bootstrap intervals over chunks,
-    bits_per_byte, kl_nats of the next-token distribution from v1's, top1_agreement with v1.
+    bits_per_byte, kl_nats of the next-token distribution from v1's, top1_agreement with v1, and held_bytes: what the very
+    cache that was read through held for one sequence.
     """
     model.check_context(context_tokens)
     rows = chunks(model.encode(text), context_tokens, n_chunks)
-    scores = score_chunks(model, method, rows, **options)
-    relative = scores.loss - scores.v1_loss
+    last = [context_tokens % piece_tokens] * (context_tokens % piece_tokens > 0)
+    pieces = [piece_tokens] * (context_tokens // piece_tokens) + last
+    parts = [compare(model, method, some, pieces, **options).merged(1) for some in rows.split(BATCH_CHUNKS)]
+    loss, v1_loss, kl, agreement = (
+        np.concatenate([getattr(part, name)[:, 0] for part in parts]) for name in ("loss", "v1_loss", "kl", "agreement")
+    )
     n_bytes = sum(len(model.tokenizer.decode(row[1:]).encode()) for row in rows)
-    low, high = np.exp(interval(scores.loss))
-    x_low, x_high = np.exp(interval(relative))
+    low, high = np.exp(interval(loss))
+    x_low, x_high = np.exp(interval(loss - v1_loss))
     return {
-        "perplexity": float(np.exp(scores.loss.mean())),
+        "perplexity": float(np.exp(loss.mean())),
         "perplexity_low": float(low),
         "perplexity_high": float(high),
-        "perplexity_x": float(np.exp(relative.mean())),
+        "perplexity_x": float(np.exp((loss - v1_loss).mean())),
         "perplexity_x_low": float(x_low),
         "perplexity_x_high": float(x_high),
-        "bits_per_byte": float(scores.loss.mean() / np.log(2) * rows[:, 1:].numel() / n_bytes),
-        "kl_nats": float(scores.kl.mean()),
-        "top1_agreement": float(scores.agreement.mean()),
+        "bits_per_byte": float(loss.mean() / np.log(2) * rows[:, 1:].numel() / n_bytes),
+        "kl_nats": float(kl.mean()),
+        "top1_agreement": float(agreement.mean()),
+        "held_bytes": parts[0].held_bytes,
         "n_tokens": rows[:, 1:].numel(),
     }
+
+
+def measure_drift(
+    model: Model, method: str, n_turns: int, turn_tokens: int, decoded_tokens: int, n_conversations: int, **options
+) -> list[dict]:
+    """How far a cache that lives through a conversation drifts from v1's: one row a turn.
+
+    A turn is read at once but for its last `decoded_tokens` tokens, which come one at a time (held-out text, not the model's
+    own). -> turn (from 1), context_tokens at its end, kl_nats with its 95 % interval over conversations, perplexity_x.
+    """
+    model.check_context(n_turns * turn_tokens)
+    rows = chunks(model.held_out_ids, n_turns * turn_tokens, n_conversations)
+    pieces = [turn_tokens - decoded_tokens] + [1] * decoded_tokens
+    turns = compare(model, method, rows, pieces * n_turns, **options).merged(n_turns)
+    return [
+        {
+            "turn": turn + 1,
+            "context_tokens": (turn + 1) * turn_tokens,
+            "kl_nats": float(turns.kl[:, turn].mean()),
+            **dict(zip(("kl_nats_low", "kl_nats_high"), interval(turns.kl[:, turn]))),
+            "perplexity_x": float(np.exp((turns.loss - turns.v1_loss)[:, turn].mean())),
+        }
+        for turn in range(n_turns)
+    ]

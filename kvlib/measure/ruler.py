@@ -16,10 +16,13 @@ import numpy as np
 
 from kvlib.cache.attention import attention_through_cache
 from kvlib.measure.asking import ask, prompt_parts, read_context
+from kvlib.measure.quality import interval
+from kvlib.model.corpus import held_out_text
 from kvlib.model.load import Model
 from kvlib.model.recall import KEYS, VALUES
 
 FILLED = 0.95
+RESERVED_TOKENS = 128  # of a context, for question and answer
 BREAK = re.compile(r"\n|[.!?]\s+")
 LIST_WORD = re.compile(r"\b[a-z]{4,12}\b")
 N_RARE = 10  # rare words beside the frequent ones in each block of a list; each returns after this many blocks
@@ -177,3 +180,20 @@ def measure_tasks(
             for j, (answer, (_, known)) in enumerate(zip(answers, example.questions))
         ]
     return rows
+
+
+def measure_task(model: Model, method: str, task: str, n_tokens: int, n_examples: int, seed: int = 0) -> dict[str, float]:
+    """Mean score of one task, as recall with its 95 % bootstrap interval over questions, on contexts of `n_tokens` tokens.
+
+    Room for question and answer is taken from the context. Raises ValueError for an unknown task.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}; got {task!r}.")
+    rng, text = np.random.default_rng(seed), held_out_text()
+    text *= 1 + 8 * n_tokens // len(text)  # a token has rarely more than 8 characters
+    examples = [
+        TASKS[task](rng, text, n_tokens - RESERVED_TOKENS, lambda part: len(model.encode(part))) for _ in range(n_examples)
+    ]
+    scores = np.array([row["score"] for row in measure_tasks(model, method, examples)])
+    low, high = interval(scores)
+    return {"recall": float(scores.mean()), "recall_low": low, "recall_high": high, "n_asked": len(scores)}

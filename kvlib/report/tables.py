@@ -11,11 +11,18 @@ from kvlib.report.rows import PROVENANCE
 from kvlib.report.show import numbers, shown
 
 README = ROOT / "README.md"
-README_COLUMNS = {  # table: the column whose largest value is shown, and the columns taken from it
-    "01_latency": ("total_tokens", ["total_ms", "tpot_ms"]),
-    "01_memory": ("context_tokens", ["held_bytes"]),
-    "03_quality": ("context_tokens", ["perplexity", "perplexity_low", "perplexity_high"]),
-    "05_capacity": ("context_tokens", ["max_batch"]),
+README_TABLES = {  # marker in the README: {table: (the column whose largest value is shown, the columns taken from it)}
+    "results": {
+        "01_latency": ("total_tokens", ["total_ms", "tpot_ms"]),
+        "01_memory": ("context_tokens", ["held_bytes"]),
+        "03_quality": ("context_tokens", ["perplexity", "perplexity_low", "perplexity_high"]),
+        "05_capacity": ("context_tokens", ["max_batch"]),
+    },
+    "hybrid": {
+        "04_memory": ("context_tokens", ["held_bytes"]),
+        "04_quality": ("context_tokens", [f"{y}{end}" for y in ("perplexity_x", "recall") for end in ("", "_low", "_high")]),
+        "04_decode": ("context_tokens", ["tpot_x", "tpot_x_low", "tpot_x_high"]),
+    },
 }
 
 
@@ -50,23 +57,25 @@ def replace_block(text: str, marker: str, content: str) -> str:
     return f"{text[: text.index(begin)]}{begin}\n{content}\n{text[text.index(end) :]}"
 
 
-def readme_table(profile: str = "laptop") -> str:
+def readme_table(marker: str, profile: str = "laptop") -> str:
     """Markdown with a row per method: medians over the repeats at the longest context, on the device measured last."""
-    columns, made = [], read("01_latency", profile).sort_values("date").iloc[-1]
-    for table, (length, values) in README_COLUMNS.items():
+    columns, (first, (longest, _)) = [], next(iter(README_TABLES[marker].items()))
+    made = read(first, profile).sort_values("date").iloc[-1]
+    for table, (length, values) in README_TABLES[marker].items():
         rows = read(table, profile)
         rows = rows[(rows["device"] == made["device"]) & (rows[length] == rows[length].max())]
         refuse_random_quality(rows, values)
-        columns.append(rows.groupby("method")[rows.columns.intersection(values)].median())
+        columns.append(rows.groupby("method", sort=False)[rows.columns.intersection(values)].median())
     software = f"torch {made['torch']}, transformers {made['transformers']}"
-    where = f"{made['model']} at {made['total_tokens']} tokens, {made['device']}, {software}."
+    where = f"{made['model']} at {made[longest]} tokens in {made['dtype']}, {made['device']}, {software}."
     return f"{_markdown(_as_text(pd.concat(columns, axis=1).reset_index()))}\n\n{where}"
 
 
 def update_readme(*, check: bool = False) -> bool:
-    """Whether the README's results table was up to date; unless `check`, it is afterwards."""
-    old = README.read_text(encoding="utf-8")
-    new = replace_block(old, "results", readme_table())
+    """Whether the README's results tables were up to date; unless `check`, they are afterwards."""
+    old = new = README.read_text(encoding="utf-8")
+    for marker in README_TABLES:
+        new = replace_block(new, marker, readme_table(marker))
     if new != old and not check:
         write_aside(README, new)
     return new == old
