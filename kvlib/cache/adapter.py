@@ -111,7 +111,8 @@ class KVCache(Cache):
         stores = [layer.store for layer in self.layers if hasattr(layer.store, "pool")]
         twin = copy.deepcopy(self, {id(store.pool): store.pool for store in stores})
         for store in stores:
-            store.pool.retain(store.table.pages())
+            if store.table:
+                store.pool.retain(store.table.pages())
         return twin
 
 

@@ -61,10 +61,10 @@ class PagedStore:
                 )
         if self.pending is not None:
             self._settle(None, None)
+        if self is self.stores[0] and self.pool.budget_bytes is not None:
+            self._require(*key.shape[:3])
         if self is self.stores[0] and self.table is None:
             self._open_tables(*key.shape[:2])
-        if self is self.stores[0] and self.pool.budget_bytes is not None:
-            self._require(key.shape[2])
         self.pending = key, value
 
     def _open_tables(self, batch: int, n_heads: int) -> None:
@@ -79,19 +79,20 @@ class PagedStore:
         for store, n in zip(self.stores, kept):
             store.table = BlockTable(self.pool, batch, n_heads, n, recipe.window_pages, self.rule)
 
-    def _require(self, t: int) -> None:
+    def _require(self, batch: int, n_heads: int, t: int) -> None:
         """Ask the pool for all pages that `t` more tokens may need in all layers, before any layer changes."""
-        n_seen, n_rows, need = int(self.table.n_seen.max()) + t, self.table.reservoir.size, Counter()
+        n_seen, need = t + (int(self.table.n_seen.max()) if self.table else 0), Counter()
         for store in self.stores:
-            pages = store.table.pages()
+            pages = store.table.pages() if store.table else np.zeros(0, np.int32)
             if (self.pool.references[pages] > 1).any():  # nothing shared can be reused: every group makes a new page
                 groups = t // PAGE_TOKENS + 2
                 fresh = dict.fromkeys((bits for bits, _ in self.recipe.tiers), groups)
-                fresh[DENSE] = fresh.get(DENSE, 0) + min(groups, self.recipe.window_pages + 2)
+                waiting = self.rule is not None and self.recipe.reservoir
+                fresh[DENSE] = fresh.get(DENSE, 0) + min(groups, self.recipe.window_pages + 1) + waiting
             else:
                 fresh = self.recipe.room(store.limit(n_seen), n_seen)[1]
                 need.subtract(self.pool.bits[pages].tolist())
-            need.update({bits: n * n_rows for bits, n in fresh.items()})
+            need.update({bits: n * batch * n_heads for bits, n in fresh.items()})
         self.pool.require({bits: max(n, 0) for bits, n in need.items()})
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

@@ -66,28 +66,31 @@ class PagePool:
     @property
     def slab_bytes(self) -> int:
         """Bytes of all slabs, free slots included: what the budget limits."""
-        return sum(self.room(bits) * self.formats[bits].page_bytes for bits in self.slabs)
+        return self._bytes({bits: self.room(bits) for bits in self.slabs})
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the pages in use."""
         live = np.bincount(self.bits[self.references > 0], minlength=DENSE + 1)
-        return sum(int(live[bits]) * self.formats[bits].page_bytes for bits in self.slabs)
+        return self._bytes({bits: int(live[bits]) for bits in self.slabs})
 
     def require(self, pages: dict[int, int]) -> None:
         """Raise PoolExhausted unless so many pages of each precision can be allocated; slabs may be compacted for it."""
         if self.budget_bytes is None:
             return
-        missing = {bits: n - len(self.free_slots[bits]) for bits, n in pages.items()}
-        growth = sum(self.formats[bits].page_bytes * max(n, 0) for bits, n in missing.items())
-        if growth and self.slab_bytes + growth > self.budget_bytes:
-            self.compact(pages)
-            growth = sum(self.formats[b].page_bytes * max(n - len(self.free_slots[b]), 0) for b, n in pages.items())
-            if self.slab_bytes + growth > self.budget_bytes:
-                raise PoolExhausted(
-                    f"page pool: {growth:,} more bytes are needed, {self.budget_bytes - self.slab_bytes:,} of "
-                    f"{self.budget_bytes:,} are free; free a sequence or raise budget_bytes."
-                )
+        missing = {bits: max(n - len(self.free_slots[bits]), 0) for bits, n in pages.items()}
+        if self.slab_bytes + self._bytes(missing) <= self.budget_bytes:
+            return
+        new, free = self._bytes(pages), self.budget_bytes - self.used_bytes
+        if new > free:
+            raise PoolExhausted(
+                f"page pool: {new:,} more bytes are needed, {free:,} of {self.budget_bytes:,} are free; free a sequence or "
+                "raise budget_bytes."
+            )
+        self.compact(pages)
+
+    def _bytes(self, pages: dict[int, int]) -> int:
+        return sum(n * self.formats[bits].page_bytes for bits, n in pages.items())
 
     def reserve(self, pages: dict[int, int]) -> None:
         """Room for exactly so many more pages of each precision, taken at once."""
@@ -104,7 +107,7 @@ class PagePool:
             room = min(len(live) + (spare or {}).get(bits, 0), self.room(bits))
             if room < self.room(bits):
                 slots = torch.from_numpy(self.slot[live].astype(np.int64)).to(self.device)
-                fresh = [tensor.new_empty(room, *tensor.shape[1:]) for tensor in self.slabs[bits]]
+                fresh = [tensor.new_zeros(room, *tensor.shape[1:]) for tensor in self.slabs[bits]]
                 for new, old in zip(fresh, self.slabs[bits]):
                     new[: len(live)] = old[slots]
                 self.slabs[bits], self.slot[live] = fresh, np.arange(len(live))
@@ -214,8 +217,8 @@ class PagePool:
             slab[at] = tensor
 
     def read(self, pages: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Keys and values [..., 32, D] of pages [...] of any precisions; for NO_PAGE whatever some page holds."""
-        pages = np.maximum(pages, 0)
+        """Keys and values [..., 32, D] of pages [...] of any precisions; for NO_PAGE what another of them holds."""
+        pages = np.where(pages < 0, pages.max(initial=NO_PAGE), pages)
         precisions = np.unique(self.bits[pages]).tolist()
         shape = (*pages.shape, PAGE_TOKENS, self.head_dim)
         if len(precisions) == 1:

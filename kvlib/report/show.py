@@ -40,6 +40,7 @@ LOOKS = {  # colour and marker; the methods of one notebook stay apart under the
     "snapkv": ("#f2c100", "D"),
     "tova": ("#8a2358", "v"),
     "scissorhands": ("#8f6b1e", "P"),
+    "keydiff": ("#e6007e", "o"),
     "random": ("#aaaaaa", "X"),
     "kivi-4": ("#3b1a8a", "s"),
     "kivi-2": ("#9c86f5", "p"),
