@@ -5,6 +5,8 @@ import torch
 
 from kvlib.model import load
 
+torch.set_num_threads(1)  # these tensors are tiny: a second thread would only wait
+
 TINY = {
     "gpt2": dict(model_type="gpt2", n_layer=4, n_embd=64, n_head=4, n_positions=256),
     "llama": dict(

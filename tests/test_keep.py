@@ -315,7 +315,7 @@ def test_no_step_leaves_more_than_the_budget_and_a_page_per_head(name, size, hea
         n_kept = store.table.n_kept[0]
         assert (n_kept.mean() if heads == "adaptive" else n_kept.max()) < budget + PAGE_TOKENS
         assert n_kept.min() >= min(n_seen, 32)
-        if n_seen <= budget:
+        if n_seen < budget:  # at `budget` the third group leaves the window, and an old page may lose to it
             assert (n_kept == n_seen).all()
     assert (store.table.full >= 0).sum() == N_KV_HEADS * 2  # of four pages per head one is the window, one the reservoir's
 

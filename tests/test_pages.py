@@ -469,10 +469,13 @@ class SharedPool(RuleBasedStateMachine):
             assert out.equal(feed(shadow, *args))
 
     @precondition(lambda self: len(self.caches) < 4)
-    @rule(method=st.sampled_from(list(RECIPES)), batch=st.integers(1, 2), t=st.integers(1, 140), seed=st.integers(0, 1))
-    def start(self, method, batch, t, seed):
-        options = RECIPES[method]
-        pair = [build_cache(method, CONFIG, pool=pool, **options) for pool in (self.pool, PagePool(HEAD_DIM))]
+    @rule(
+        method=st.sampled_from(list(RECIPES)), batch=st.integers(1, 2), t=st.integers(1, 140), seed=st.integers(0, 1),
+        capacity=st.sampled_from([0, 150]),
+    )  # fmt: skip
+    def start(self, method, batch, t, seed, capacity):
+        options, pools = RECIPES[method], (self.pool, PagePool(HEAD_DIM))
+        pair = [build_cache(method, CONFIG, pool=pool, capacity_tokens=capacity, **options) for pool in pools]
         self.caches.append([*pair, options, batch])
         self.grow(-1, t, batch, seed, left_padding(t, t // 3) if batch == 2 and t >= 3 else None)
 

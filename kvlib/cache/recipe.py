@@ -35,21 +35,22 @@ class Recipe:
     reservoir: bool = True
 
     def __post_init__(self):
-        bits, shares = zip(*self.tiers)
+        bits, shares = zip(*self.tiers) if self.tiers else ((), ())
         for where, given, allowed in (
             ("keep", self.keep, (None, *RULES)),
             ("layers", self.layers, ("uniform", "pyramid")),
             ("heads", self.heads, ("uniform", "adaptive")),
-            ("tiers", bits, [tuple(b for b in PRECISIONS if b in bits)]),
+            ("tiers", bits, [tuple(b for b in PRECISIONS if b in bits) or PRECISIONS]),
         ):
             if given not in allowed:
                 raise ValueError(f"{where}: expected one of {', '.join(map(str, allowed))}; got {given!r}.")
-        if abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0:
+        if not (abs(sum(shares) - 1) < 1e-6 and min(shares) > 0):  # not even for NaN
             raise ValueError(f"tiers: expected positive shares that sum to 1, got {shares}.")
         if (self.keep is None) != (self.budget is None):
-            raise ValueError("budget: expected one together with a keep rule, and none without; give both or neither.")
+            got = f"keep {self.keep!r} and budget {self.budget!r}"
+            raise ValueError(f"budget: expected one together with a keep rule, and none without; got {got}.")
         if self.keep is None and len(self.tiers) > 1:
-            raise ValueError("tiers: expected one precision where all tokens are kept; give a keep rule and a budget.")
+            raise ValueError(f"tiers: expected one precision where all tokens are kept, got {bits}; give a keep rule too.")
         if self.window_tokens < 0 or self.window_tokens % PAGE_TOKENS:
             raise ValueError(f"window_tokens: expected a multiple of {PAGE_TOKENS}, got {self.window_tokens}.")
         if self.budget is not None and self.budget <= 0:
