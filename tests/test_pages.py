@@ -575,6 +575,19 @@ def test_forks_share_their_pages_until_they_differ(name):
     assert pool.used_bytes == before[1] + 8 * per_copy  # eight open pages of the twin's and one of the parent's
 
 
+def test_equal_prefixes_share_their_full_pages_and_equal_middles_do_not():
+    pool, key = PagePool(HEAD_DIM, salt=b"a"), normal(0, 1, N_KV_HEADS, 110, HEAD_DIM)
+    other = key.clone()
+    other[:, :, 5] += 1.0
+    stores = [build_cache("kivi-4", CONFIG, pool=pool).layers[0].store for _ in range(3)]
+    for store, x in zip(stores, (key, key[:, :, :97], other)):
+        store.append(x, x)
+        store.attend(torch.zeros(1, 4, x.shape[2], HEAD_DIM), None, 1.0)
+    first, second, third = (store.table.full.tolist() for store in stores)
+    assert first == second and not set(np.ravel(first)) & set(np.ravel(third))
+    assert np.shape(first) == np.shape(third) == (1, N_KV_HEADS, 2)
+
+
 def test_an_unused_cache_can_be_forked():
     cache = build_cache("h2o", CONFIG, budget=128)
     twin = cache.fork()
