@@ -283,9 +283,13 @@ some_scores = st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0])
 
 
 @settings(max_examples=150, deadline=None)
-@given(values=some_scores, n_heads=st.integers(1, 4), pages=st.integers(0, 12), adaptive=st.booleans(), floor=st.booleans())
-def test_winners_are_the_best_by_brute_force(values, n_heads, pages, adaptive, floor):
+@given(
+    values=some_scores, lead=st.sampled_from([0.0, 9.0]), n_heads=st.integers(1, 4), pages=st.integers(0, 12),
+    adaptive=st.booleans(), floor=st.booleans(),
+)  # fmt: skip
+def test_winners_are_the_best_by_brute_force(values, lead, n_heads, pages, adaptive, floor):
     scores = np.resize(values, (2, n_heads, max(len(values) // n_heads, 1)))
+    scores += lead * np.arange(n_heads)[:, None]  # with a lead the last heads would take all, but for the floor
     won = winners(torch.tensor(scores), pages, adaptive, floor).numpy()
     for row, found in zip(scores, won):
         expected = []
