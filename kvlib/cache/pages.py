@@ -181,20 +181,21 @@ class PagePool:
             return pages
         parents = np.full(len(key), NO_PAGE) if parents is None else parents
         raw = [tensor.contiguous().view(len(key), -1).view(torch.uint8).cpu().numpy() for tensor in tensors]
-        pages = np.full(len(key), NO_PAGE, np.int32)
+        digests = []
         for i, parent in enumerate(parents.tolist()):
             chain = hashlib.blake2b(self.salt + bytes([bits]) + self.digest.get(parent, b""), digest_size=16)
             for field in raw:
                 chain.update(field[i])
-            digest = chain.digest()
-            if digest in self.known:
-                pages[i] = self.known[digest]
-                self.retain(pages[i : i + 1])
-                continue
-            pages[i : i + 1] = self.allocate(bits, 1)
-            self.known[digest], self.digest[int(pages[i])] = int(pages[i]), digest
-            for slab, tensor in zip(self.slabs[bits], tensors):
-                slab[self._slots(pages[i : i + 1])] = tensor[i : i + 1]
+            digests.append(chain.digest())
+        new = list(dict.fromkeys(digest for digest in digests if digest not in self.known))
+        made = self.allocate(bits, len(new))
+        for slab, tensor in zip(self.slabs.get(bits, ()), tensors):
+            slab[self._slots(made)] = tensor[[digests.index(digest) for digest in new]]
+        self.known |= zip(new, made.tolist())
+        self.digest |= zip(made.tolist(), new)
+        pages = np.array([self.known[digest] for digest in digests], np.int32)
+        self.retain(pages)
+        self.references[made] -= 1  # the one that `allocate` gave
         return pages
 
     def own(self, pages: np.ndarray) -> np.ndarray:
