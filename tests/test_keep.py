@@ -183,7 +183,8 @@ def test_a_padded_batch_votes_as_its_sequences_do_alone(name):
         short, long = ([x[:, :, n : n + m] for x in y] for y, n, m in zip(sequences, at, (piece - pad, piece)))
         mask = torch.ones(2, 1, piece, at[1] + piece, dtype=torch.bool).tril(at[1])
         mask[0, ..., at[1] : at[1] + pad] = False
-        together = [torch.cat([F.pad(x, (0, 0, pad, 0), value=9.0), y]) for x, y in zip(short, long)]
+        padding = zip(short, (9.0, -9.0, 9.0))  # its queries would look at anything but its own keys
+        together = [torch.cat([F.pad(x, (0, 0, pad, 0), value=fill), y]) for (x, fill), y in zip(padding, long)]
         feed(padded, together, [piece], mask)
         for store, part in zip(lone, (short, long)):
             feed(store, part, [part[0].shape[2]])
