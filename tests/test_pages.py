@@ -87,6 +87,11 @@ def test_codes_stay_within_half_a_step_and_reach_both_ends(bits, seed, magnitude
     assert (scale.double() <= step * (1 + 2**-7) * (1 + 2 * 2**-24) + SMALLEST_SCALE).all()
 
 
+def scales(kind: PageFormat, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The step of every number of pages: of keys [n, 1, D], of values [n, 32, D]."""
+    return tensors[1][:, None], tensors[4].transpose(1, 2).repeat_interleave(kind.head_dim // kind.value_groups, -1)
+
+
 @settings(max_examples=80, deadline=None)
 @given(bits=st.sampled_from(QUANTISED), head_dim=st.sampled_from([4, 32, 96]), **anything)
 def test_a_page_comes_back_within_half_a_step(bits, head_dim, seed, magnitude, offset, dtype):
@@ -94,8 +99,7 @@ def test_a_page_comes_back_within_half_a_step(bits, head_dim, seed, magnitude, o
     key = spread(seed, magnitude, offset, dtype, head_dim, 2, PAGE_TOKENS).permute(1, 2, 0)  # an offset per channel
     value = spread(seed, magnitude, offset, dtype, PAGE_TOKENS, 2, head_dim).transpose(0, 1)  # an offset per token
     tensors = kind.encode(key, value)
-    value_scale = tensors[4].repeat_interleave(head_dim // kind.value_groups, -1)
-    for x, read, scale in zip((key, value), kind.decode(tensors), (tensors[1], value_scale)):
+    for x, read, scale in zip((key, value), kind.decode(tensors), scales(kind, tensors)):
         steps = scale.double() * half_a_step(bits)
         error = (read.double() - x.double()).abs()
         assert read.dtype == dtype and (error <= steps + rounding_of_decode(dtype) * (x.double().abs() + steps)).all()
@@ -108,8 +112,8 @@ def test_demotion_adds_half_a_step_of_each_precision(seed, magnitude, offset, dt
     key, value = (spread(seed + i, magnitude, offset, dtype, 2, PAGE_TOKENS, 32) for i in range(2))
     first = four.encode(key, value)
     second = two.encode(*four.decode(first))
-    for x, read, at in zip((key, value), two.decode(second), (1, 4)):
-        steps = first[at].double() * half_a_step(4) + second[at].double() * half_a_step(2)
+    for x, read, fine, coarse in zip((key, value), two.decode(second), scales(four, first), scales(two, second)):
+        steps = fine.double() * half_a_step(4) + coarse.double() * half_a_step(2)
         rounding = 2 * rounding_of_decode(dtype) * (x.double().abs() + steps)  # decoded twice
         assert ((read.double() - x.double()).abs() <= steps + rounding).all()
 
@@ -194,7 +198,7 @@ def store(pool: PagePool, bits: int, n: int, seed: int = 0, parents: np.ndarray 
 def books(pool: PagePool) -> list:
     """All that the pool knows, as plain values."""
     numbers = [x.tolist() for x in (pool.bits, pool.slot, pool.references)]
-    slabs = {bits: [tuple(x.shape) for x in slab] for bits, slab in pool.slabs.items()}
+    slabs = {bits: tuple(slab.shape) for bits, slab in pool.slabs.items()}
     return copy.deepcopy([numbers, slabs, pool.free_pages, pool.free_slots, pool.known, pool.digest, pool.used_bytes])
 
 
@@ -206,7 +210,7 @@ def check_books(pool: PagePool) -> None:
         these = live[pool.bits[live] == bits]
         assert sorted([*pool.free_slots[bits], *pool.slot[these]]) == list(range(pool.room(bits)))
         used += len(these) * pool.formats[bits].page_bytes
-    slab_bytes = sum(x.nbytes for slab in pool.slabs.values() for x in slab)
+    slab_bytes = sum(slab.nbytes for slab in pool.slabs.values())
     assert used == pool.used_bytes <= slab_bytes == pool.slab_bytes <= (pool.budget_bytes or slab_bytes)
     assert sorted(pool.known.values()) == sorted(pool.digest) and set(pool.digest) <= set(live.tolist())
 
@@ -319,11 +323,11 @@ def test_a_reservation_is_exact_and_counts_what_is_free():
     free = pool.room(4) - 3
     pool.reserve({DENSE: 3, 4: free + 5})
     assert (pool.room(DENSE), pool.room(4)) == (3, free + 8)
-    before = [x.data_ptr() for bits in (DENSE, 4) for x in pool.slabs[bits]]
+    before = [pool.slabs[bits].data_ptr() for bits in (DENSE, 4)]
     pool.reserve({DENSE: 3, 4: free + 5})
     store(pool, DENSE, 3)
     store(pool, 4, free + 5, seed=2)
-    assert [x.data_ptr() for bits in (DENSE, 4) for x in pool.slabs[bits]] == before
+    assert [pool.slabs[bits].data_ptr() for bits in (DENSE, 4)] == before
     check_books(pool)
 
 

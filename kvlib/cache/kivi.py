@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from kvlib.cache.quant import dequantize_range, pack, quantize_range, unpack
+from kvlib.kernels.operand import DENSE, PAGE_TOKENS, VALUE_GROUP_CHANNELS
 
-PAGE_TOKENS = 32
-VALUE_GROUP_CHANNELS = 32
-DENSE = 16  # the precision of a page in the model's own dtype, which has 16 bits where models are deployed
 PRECISIONS = (DENSE, 8, 4, 2)
 
 
@@ -39,15 +37,21 @@ class PageFormat:
         return max(self.head_dim // VALUE_GROUP_CHANNELS, 1)
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor of a page."""
-        dense = (PAGE_TOKENS, self.head_dim)
+        """Shape and dtype of each tensor of a page: rows of up to 32 numbers, which attention multiplies by one number.
+
+        A row of keys holds one channel of all tokens, a row of values up to 32 channels of one token; codes are packed
+        along it, as `pack` does.
+        """
+        key_group, value_group = (self.head_dim,), (self.value_groups, PAGE_TOKENS)
+        rows, dtype = (PAGE_TOKENS, self.head_dim // self.value_groups), self.dtype
+        if self.bits != DENSE:
+            rows, dtype = [n * self.bits // 8 for n in rows], torch.uint8
+        key, value = ((*key_group, rows[0]), dtype), ((*value_group, rows[1]), dtype)
         if self.bits == DENSE:
-            return {"key": (dense, self.dtype), "value": (dense, self.dtype)}
-        codes = ((PAGE_TOKENS, self.head_dim * self.bits // 8), torch.uint8)
-        key_group, value_group = (1, self.head_dim), (PAGE_TOKENS, self.value_groups)
+            return {"key": key, "value": value}
         return {
-            "key": codes, "key_scale": (key_group, torch.bfloat16), "key_zero": (key_group, self.dtype),
-            "value": codes, "value_scale": (value_group, torch.bfloat16), "value_zero": (value_group, self.dtype),
+            "key": key, "key_scale": (key_group, torch.bfloat16), "key_zero": (key_group, self.dtype),
+            "value": value, "value_scale": (value_group, torch.bfloat16), "value_zero": (value_group, self.dtype),
         }  # fmt: skip
 
     @property
@@ -55,22 +59,34 @@ class PageFormat:
         """Bytes of one page, scales and zeros included."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.fields().values())
 
+    def views(self, room: Tensor) -> list[Tensor]:
+        """The tensors of n pages, in the order of `fields`, in room uint8 [n, page_bytes]: a page lies in one piece."""
+        views, begin = [], 0
+        for shape, dtype in self.fields().values():
+            end = begin + math.prod(shape) * dtype.itemsize
+            views.append(room[:, begin:end].view(dtype).unflatten(1, shape))
+            begin = end
+        return views
+
     def encode(self, key: Tensor, value: Tensor) -> list[Tensor]:
         """Keys and values [n, 32, D] -> the tensors of n pages, in the order of `fields`."""
+        key, value = key.transpose(1, 2), value.unflatten(-1, (self.value_groups, -1)).transpose(1, 2)
         if self.bits == DENSE:
             return [key, value]
-        codes, scale, zero = quantize_range(key.transpose(1, 2), self.bits)  # over the page's tokens
-        tensors = [pack(codes.transpose(1, 2), self.bits), scale.transpose(1, 2), zero.transpose(1, 2)]
-        groups = value.unflatten(-1, (self.value_groups, -1))
-        codes, scale, zero = quantize_range(groups, self.bits)
-        return [*tensors, pack(codes.flatten(-2), self.bits), scale.squeeze(-1), zero.squeeze(-1)]
+        tensors = []
+        for rows in (key, value):
+            codes, scale, zero = quantize_range(rows, self.bits)
+            tensors += [pack(codes, self.bits), scale.squeeze(-1), zero.squeeze(-1)]
+        return tensors
 
     def decode(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The tensors of n pages -> keys and values [n, 32, D] in the model's dtype."""
         if self.bits == DENSE:
-            return tensors[0], tensors[1]
-        key, key_scale, key_zero, value, value_scale, value_zero = tensors
-        keys = dequantize_range(unpack(key, self.bits), key_scale, key_zero, self.dtype)
-        groups = unpack(value, self.bits).unflatten(-1, (self.value_groups, -1))
-        values = dequantize_range(groups, value_scale.unsqueeze(-1), value_zero.unsqueeze(-1), self.dtype)
-        return keys, values.flatten(-2)
+            key, value = tensors
+        else:
+            halves = tensors[:3], tensors[3:]
+            key, value = (
+                dequantize_range(unpack(x, self.bits), scale.unsqueeze(-1), zero.unsqueeze(-1), self.dtype)
+                for x, scale, zero in halves
+            )
+        return key.transpose(1, 2), value.transpose(1, 2).flatten(-2)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlib.cache.kivi import DENSE, PAGE_TOKENS, PRECISIONS, PageFormat
+from kvlib.cache.kivi import PRECISIONS, PageFormat
+from kvlib.kernels.operand import DENSE, PAGE_TOKENS
 
 GROWTH = 1.25
 PAGE_BOOK_BYTES = 9  # of every page: its precision, slot and count of references
@@ -32,7 +33,7 @@ class PagePool:
     def __init__(self, head_dim: int, budget_bytes: int | None = None, salt: bytes | None = None):
         self.head_dim, self.budget_bytes, self.salt = head_dim, budget_bytes, salt
         self.formats: dict[int, PageFormat] = {}
-        self.slabs: dict[int, list[Tensor]] = {}
+        self.slabs: dict[int, Tensor] = {}  # uint8 [slots, page_bytes]
         self.device = torch.device("cpu")
         self.clear()
 
@@ -61,7 +62,7 @@ class PagePool:
 
     def room(self, bits: int) -> int:
         """Slots of this precision, free ones included."""
-        return self.slabs[bits][0].shape[0] if bits in self.slabs else 0
+        return len(self.slabs[bits]) if bits in self.slabs else 0
 
     @property
     def slab_bytes(self) -> int:
@@ -107,19 +108,17 @@ class PagePool:
             room = min(len(live) + (spare or {}).get(bits, 0), self.room(bits))
             if room < self.room(bits):
                 slots = torch.from_numpy(self.slot[live].astype(np.int64)).to(self.device)
-                fresh = [tensor.new_zeros(room, *tensor.shape[1:]) for tensor in self.slabs[bits]]
-                for new, old in zip(fresh, self.slabs[bits]):
-                    new[: len(live)] = old[slots]
+                fresh = self.slabs[bits].new_zeros(room, self.slabs[bits].shape[1])
+                fresh[: len(live)] = self.slabs[bits][slots]
                 self.slabs[bits], self.slot[live] = fresh, np.arange(len(live))
                 self.free_slots[bits] = list(range(room - 1, len(live) - 1, -1))
 
     def _resize(self, bits: int, room: int) -> None:
-        old, fields = self.slabs.get(bits), self.formats[bits].fields()
-        # Zeros: what no key was written to is masked, but 0 times NaN would not be.
-        fresh = [torch.zeros(room, *shape, dtype=dtype, device=self.device) for shape, dtype in fields.values()]
         before = self.room(bits)
-        for new, tensor in zip(fresh, old or ()):
-            new[:before] = tensor
+        # Zeros: what no key was written to is masked, but 0 times NaN would not be.
+        fresh = torch.zeros(room, self.formats[bits].page_bytes, dtype=torch.uint8, device=self.device)
+        if before:
+            fresh[:before] = self.slabs[bits]
         self.slabs[bits] = fresh
         self.free_slots[bits][:0] = range(room - 1, before - 1, -1)
 
@@ -171,13 +170,16 @@ class PagePool:
     def _slots(self, pages: np.ndarray) -> Tensor:
         return torch.from_numpy(self.slot[pages].astype(np.int64)).to(self.device)
 
+    def _fill(self, bits: int, pages: np.ndarray, tensors: list[Tensor]) -> None:
+        for field, tensor in zip(self.formats[bits].views(self.slabs[bits]), tensors):
+            field[self._slots(pages)] = tensor
+
     def store(self, bits: int, key: Tensor, value: Tensor, parents: np.ndarray | None = None) -> np.ndarray:
         """Full pages of keys and values [n, 32, D] -> their numbers [n]; `parents` are the pages before them, if any."""
         tensors = self.formats[bits].encode(key, value)
         if self.salt is None:
             pages = self.allocate(bits, len(key))
-            for slab, tensor in zip(self.slabs[bits], tensors):
-                slab[self._slots(pages)] = tensor
+            self._fill(bits, pages, tensors)
             return pages
         parents = np.full(len(key), NO_PAGE) if parents is None else parents
         raw = [tensor.contiguous().view(len(key), -1).view(torch.uint8).cpu().numpy() for tensor in tensors]
@@ -189,8 +191,8 @@ class PagePool:
             digests.append(chain.digest())
         new = list(dict.fromkeys(digest for digest in digests if digest not in self.known))
         made = self.allocate(bits, len(new))
-        for slab, tensor in zip(self.slabs.get(bits, ()), tensors):
-            slab[self._slots(made)] = tensor[[digests.index(digest) for digest in new]]
+        if new:
+            self._fill(bits, made, [tensor[[digests.index(digest) for digest in new]] for tensor in tensors])
         self.known |= zip(new, made.tolist())
         self.digest |= zip(made.tolist(), new)
         pages = np.array([self.known[digest] for digest in digests], np.int32)
@@ -203,8 +205,7 @@ class PagePool:
         shared = self.references[pages] > 1
         if shared.any():
             copies = self.allocate(DENSE, int(shared.sum()))
-            for slab in self.slabs[DENSE]:
-                slab[self._slots(copies)] = slab[self._slots(pages[shared])]
+            self.slabs[DENSE][self._slots(copies)] = self.slabs[DENSE][self._slots(pages[shared])]
             self.release(pages[shared])
             pages = pages.copy()
             pages[shared] = copies
@@ -213,9 +214,13 @@ class PagePool:
     def write(self, pages: np.ndarray, offsets: np.ndarray, key: Tensor, value: Tensor) -> None:
         """Put tokens [..., D] at offsets of open dense pages [...]."""
         assert (self.references[pages] == 1).all(), "page pool: a shared page was written to"
-        at = self._slots(pages), torch.from_numpy(offsets).to(self.device)
-        for slab, tensor in zip(self.slabs[DENSE], (key, value)):
-            slab[at] = tensor
+        slots, offsets = self._slots(pages), torch.from_numpy(offsets).to(self.device)
+        keys, values = self.formats[DENSE].views(self.slabs[DENSE])
+        keys[slots, :, offsets] = key
+        values[slots, :, offsets] = value.unflatten(-1, values.shape[1::2])
+
+    def _decoded(self, bits: int, pages: np.ndarray) -> tuple[Tensor, Tensor]:
+        return self.formats[bits].decode(self.formats[bits].views(self.slabs[bits][self._slots(pages)]))
 
     def read(self, pages: np.ndarray) -> tuple[Tensor, Tensor]:
         """Keys and values [..., 32, D] of pages [...] of any precisions; for NO_PAGE what another of them holds."""
@@ -223,12 +228,10 @@ class PagePool:
         precisions = np.unique(self.bits[pages]).tolist()
         shape = (*pages.shape, PAGE_TOKENS, self.head_dim)
         if len(precisions) == 1:
-            tensors = [slab[self._slots(pages.ravel())] for slab in self.slabs[precisions[0]]]
-            return tuple(x.view(shape) for x in self.formats[precisions[0]].decode(tensors))
+            return tuple(x.reshape(shape) for x in self._decoded(precisions[0], pages.ravel()))
         key, value = (torch.empty(shape, dtype=self.formats[DENSE].dtype, device=self.device) for _ in range(2))
         for bits in precisions:
             chosen = np.nonzero(self.bits[pages] == bits)
-            tensors = [slab[self._slots(pages[chosen])] for slab in self.slabs[bits]]
             at = tuple(torch.from_numpy(index).to(self.device) for index in chosen)
-            key[at], value[at] = self.formats[bits].decode(tensors)
+            key[at], value[at] = self._decoded(bits, pages[chosen])
         return key, value

@@ -1,0 +1,270 @@
+"""Decode attention on pages of codes, for CPUs: numba, compiled at first use and kept on disk.
+
+Work is shared out over sequence x KV head x part of the context. All query heads of a KV head are served by one pass over
+its keys, a chunk of pages at a time: logits, softmax, values; parts are joined by their maxima and sums (Flash-Decoding,
+Dao et al. 2023).
+"""
+
+import functools
+
+import numba
+import numpy as np
+import torch
+from numba import literally, njit, prange
+from torch import Tensor
+
+from kvlib.kernels.operand import KINDS, PAGE_TOKENS, Operand
+from kvlib.kernels.vector import BFLOAT16, FLOAT16, FLOAT32, INT8, float_from_bits, fold_scales, largest, multiply_rows, prefetch
+
+CHUNK_PAGES = 32  # whose logits are formed at once: 1,024 tokens x 8 heads x 4 bytes lie in the L1 or L2 cache
+MOST_HEADS = 8  # query heads served at once: so many rows of sums fit into registers
+PAGES_AHEAD = 3  # asked for before they are needed
+PARTS_PER_THREAD = 4  # at least, where the context is long enough
+LOG2_E = float(np.log2(np.e))
+NOTHING = np.float32(-1e30)  # the largest logit so far, before the first
+STORED = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+FAST = {"contract", "reassoc", "nsz", "arcp"}  # but infinities stay what they are
+DENSE_ROW, EIGHT_ROW, FOUR_ROW, TWO_ROW, PER_TOKEN_ROW = range(len(KINDS))
+
+
+@njit(fastmath=FAST)
+def exp2(x):
+    """2^x within 2 ulp for x <= 0, and 0 below -126: a polynomial (Cephes' exp2f), so that a loop of them becomes vectors."""
+    clipped = max(x, np.float32(-126))
+    whole = np.floor(clipped + np.float32(0.5))
+    f = clipped - whole
+    p = np.float32(1.535336188319500e-4)
+    p = p * f + np.float32(1.339887440266574e-3)
+    p = p * f + np.float32(9.618437357674640e-3)
+    p = p * f + np.float32(5.550332471162809e-2)
+    p = p * f + np.float32(2.402264791363012e-1)
+    p = p * f + np.float32(6.931472028550421e-1)
+    power = float_from_bits(np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)))
+    return (p * f + np.float32(1)) * power if x >= np.float32(-126) else np.float32(0)
+
+
+@njit
+def half_bytes(row, head_dim, item, width):
+    """Bytes of a page's keys, and of its values, with their scales and zeros; `item` bytes are a number's of the model."""
+    if row == DENSE_ROW:
+        return head_dim * PAGE_TOKENS * item, head_dim * PAGE_TOKENS * item
+    if row == PER_TOKEN_ROW:
+        return (head_dim + 2) * PAGE_TOKENS, (head_dim + 2) * PAGE_TOKENS
+    codes = head_dim * PAGE_TOKENS >> (row - EIGHT_ROW)
+    return codes + head_dim * (2 + item), codes + head_dim // width * PAGE_TOKENS * (2 + item)
+
+
+@njit
+def form_logits(row, page, ahead, query, scratch, bias, out, stride, group, stored, width):
+    """out [group, 32] = the logits of the keys at address `page`. `query` [group, D] is scaled, `scratch` as large or larger."""
+    group, stored, width = literally(group), literally(stored), literally(width)
+    head_dim, wide, item = query.shape[1], scratch.shape[1], stored // 16 * 2
+    left, folded, sums = query.ctypes.data, scratch.ctypes.data, bias.ctypes.data
+    bias[:] = 0
+    if row == DENSE_ROW:
+        multiply_rows(left, head_dim, page, head_dim, ahead, out, stride, sums, group, stored, 32, 0)
+    elif row == PER_TOKEN_ROW:
+        multiply_rows(left, head_dim, page, head_dim, ahead, out, stride, sums, group, INT8, 32, 0)
+        fold_scales(out, stride, page + head_dim * 32, 0, 32, out, stride, sums, group, 0, 32)
+    else:
+        scale = page + (head_dim * 32 >> (row - EIGHT_ROW))
+        zero = scale + head_dim * 2
+        prefetch(ahead + (scale - page), head_dim * (2 + item))
+        fold_scales(left, head_dim, scale, zero, head_dim, folded, wide, sums, group, stored, width)
+        if row == EIGHT_ROW:
+            multiply_rows(folded, wide, page, head_dim, ahead, out, stride, sums, group, 8, 32, 0)
+        elif row == FOUR_ROW:
+            multiply_rows(folded, wide, page, head_dim, ahead, out, stride, sums, group, 4, 32, 0)
+        else:
+            multiply_rows(folded, wide, page, head_dim, ahead, out, stride, sums, group, 2, 32, 0)
+
+
+@njit
+def add_values(row, page, ahead, weights, stride, scratch, bias, out, group, stored, width):
+    """out [group, D] += weights [group, 32] times the values at address `page`."""
+    group, stored, width = literally(group), literally(stored), literally(width)
+    head_dim, wide, item = out.shape[1], scratch.shape[1], stored // 16 * 2
+    folded, sums, target = scratch.ctypes.data, bias.ctypes.data, out.ctypes.data
+    bias[:] = 0
+    scale = page + (head_dim * 32 >> max(row - EIGHT_ROW, 0))
+    if row == PER_TOKEN_ROW:
+        fold_scales(weights, stride, page + head_dim * 32, 0, 32, folded, wide, sums, group, 0, 32)
+    elif row != DENSE_ROW:
+        prefetch(ahead + (scale - page), head_dim // width * 32 * (2 + item))
+    for begin in range(0, head_dim, width):
+        to, block, part = target + begin * 4, begin * 32, begin // width * 32
+        if row == DENSE_ROW:
+            block *= item
+            multiply_rows(weights, stride, page + block, 32, ahead + block, to, head_dim, sums, group, stored, width, 1)
+        elif row == PER_TOKEN_ROW:
+            multiply_rows(folded, wide, page + block, 32, ahead + block, to, head_dim, sums, group, INT8, width, 1)
+        else:
+            zero = scale + head_dim // width * 64
+            fold_scales(weights, stride, scale + part * 2, zero + part * item, 32, folded, wide, sums, group, stored, 32)
+            block >>= row - EIGHT_ROW
+            if row == EIGHT_ROW:
+                multiply_rows(folded, wide, page + block, 32, ahead + block, to, head_dim, sums, group, 8, width, 1)
+            elif row == FOUR_ROW:
+                multiply_rows(folded, wide, page + block, 32, ahead + block, to, head_dim, sums, group, 4, width, 1)
+            else:
+                multiply_rows(folded, wide, page + block, 32, ahead + block, to, head_dim, sums, group, 2, width, 1)
+
+
+@njit
+def find_pages(pages, begin, kinds, slots, open_column, open_tokens, addresses, head_dim, item, width, found):
+    """found [n, 4]: for columns begin to begin + n, row of the kind, tokens (0: no page), address of keys and of values."""
+    for i in range(len(found)):
+        column = begin + i
+        page = pages[column]
+        count = PAGE_TOKENS if column < open_column else min(open_tokens - (column - open_column) * PAGE_TOKENS, PAGE_TOKENS)
+        found[i, 1] = max(count, 0) if page >= 0 else 0
+        if found[i, 1]:
+            kind = kinds[page]
+            row = 0 if kind == 16 else 1 if kind == 8 else 2 if kind == 4 else 3 if kind == 2 else 4
+            of_keys, of_values = half_bytes(row, head_dim, item, width)
+            address = addresses[row] + np.int64(slots[page]) * (of_keys + of_values)
+            found[i, 0], found[i, 2], found[i, 3] = row, address, address + of_keys
+
+
+@njit(fastmath=FAST)
+def soften(logits, n, kept, out, tops, sums):
+    """Logits [group, n] become weights 2^(logit - top); tops, sums and out [group, D] are brought to the new top."""
+    for g in range(len(tops)):
+        top, total = max(tops[g], largest(logits[g].ctypes.data, n)), np.float32(0)
+        shrink = exp2(tops[g] - top)
+        if kept.size:
+            for i in range(n):
+                kept[g, i] = logits[g, i]
+        for i in range(n):
+            weight = exp2(logits[g, i] - top)
+            logits[g, i] = weight
+            total += weight
+        tops[g], sums[g] = top, sums[g] * shrink + total
+        for d in range(out.shape[1]):
+            out[g, d] *= shrink
+
+
+@njit(fastmath=FAST)
+def attend_part(
+    query, pages, first, last, kinds, slots, open_column, open_tokens, visible, addresses, kept, out, tops, sums, group, stored, width
+):
+    """Columns first to last of one block table: out [group, D] the weighted values, tops and sums [group] their softmax.
+
+    Base-2 logits are written to `kept` [group, P x 32], unless that is empty.
+    """
+    head_dim, item, room = query.shape[1], stored // 16 * 2, CHUNK_PAGES * PAGE_TOKENS
+    logits, scratch = np.empty((group, room), np.float32), np.empty((group, max(head_dim, PAGE_TOKENS)), np.float32)
+    bias, buffer = np.empty(group, np.float32), np.empty((CHUNK_PAGES, 4), np.int64)
+    out[:], tops[:], sums[:] = 0, NOTHING, 0
+    for begin in range(first, last, CHUNK_PAGES):
+        found = buffer[: min(CHUNK_PAGES, last - begin)]
+        find_pages(pages, begin, kinds, slots, open_column, open_tokens, addresses, head_dim, item, width, found)
+        n = len(found)
+        for i in range(n):
+            at, count, ahead = i * PAGE_TOKENS, found[i, 1], found[min(i + PAGES_AHEAD, n - 1), 2]
+            if count:
+                target = logits.ctypes.data + 4 * at
+                form_logits(found[i, 0], found[i, 2], ahead, query, scratch, bias, target, room, group, stored, width)
+            for g in range(group if count < PAGE_TOKENS else 0):
+                logits[g, at + count : at + PAGE_TOKENS] = -np.inf
+            for t in range(count if visible.size else 0):
+                if not visible[(begin + i) * PAGE_TOKENS + t]:
+                    logits[:, at + t] = -np.inf
+        of_chunk = kept[:, begin * PAGE_TOKENS :] if kept.size else kept
+        soften(logits, n * PAGE_TOKENS, of_chunk, out, tops, sums)
+        for i in range(n):
+            if found[i, 1]:
+                weights, ahead = logits.ctypes.data + 4 * i * PAGE_TOKENS, found[min(i + PAGES_AHEAD, n - 1), 3]
+                add_values(found[i, 0], found[i, 3], ahead, weights, room, scratch, bias, out, group, stored, width)
+
+
+@njit(fastmath=FAST)
+def join_parts(outs, sums, out):
+    """out [group, D] = the attention of one item, from its parts' [parts, group, D]; sums[0, 0] becomes its log-sum-exp."""
+    n_parts, group, head_dim = outs.shape
+    for g in range(group):
+        top, total = sums[0, 0, g], np.float32(0)
+        for part in range(1, n_parts):
+            top = max(top, sums[part, 0, g])
+        for d in range(head_dim):
+            out[g, d] = 0
+        for part in range(n_parts):
+            factor = exp2(sums[part, 0, g] - top)
+            total += factor * sums[part, 1, g]
+            for d in range(head_dim):
+                out[g, d] += factor * outs[part, g, d]
+        for d in range(head_dim):
+            out[g, d] /= total
+        sums[0, 0, g] = top + np.log2(total)
+
+
+@njit(fastmath=FAST)
+def add_votes(logits, norms, threshold, votes):
+    """votes [T] = the weights of these heads' logits [heads, T], added up; with a threshold, how many are above it."""
+    group = norms.shape[1]
+    votes[:] = 0
+    for head in range(logits.shape[0]):
+        norm = norms[head // group, head % group]
+        for t in range(votes.size):
+            weight = exp2(logits[head, t] - norm)
+            votes[t] += weight if threshold < 0 else np.float32(weight > threshold)
+
+
+@functools.cache
+def kernel(group: int, stored: int, width: int):
+    """The kernel for so many query heads at once, for pages whose dense numbers are `stored` so, in rows of `width` channels."""
+
+    @njit(parallel=True, fastmath=FAST, cache=True, error_model="numpy")
+    def run(query, scaling, table, kinds, slots, open_column, open_tokens, visible, addresses, n_parts, kept, threshold, out, votes):
+        batch, n_heads, head_dim = query.shape
+        n_kv_heads, n_columns = table.shape[1:]
+        n_tiles = n_heads // (n_kv_heads * group)
+        n_items, per_part = batch * n_kv_heads * n_tiles, -(-n_columns // n_parts)
+        sums = np.empty((n_items, n_parts, 2, group), np.float32)
+        outs = np.empty((n_items, n_parts, group, head_dim), np.float32)
+        for work in prange(n_items * n_parts):
+            item, part = work // n_parts, work % n_parts
+            b, h = item // (n_kv_heads * n_tiles), item // n_tiles % n_kv_heads
+            begin = (item % (n_kv_heads * n_tiles)) * group
+            q = query[b, begin : begin + group] * scaling
+            seen = visible[b] if visible.size else visible[0]
+            logits = kept[b, begin : begin + group] if kept.size else kept[0]
+            attend_part(
+                q, table[b, h], part * per_part, min((part + 1) * per_part, n_columns), kinds, slots, open_column, open_tokens[b], seen,
+                addresses, logits, outs[item, part], sums[item, part, 0], sums[item, part, 1], group, stored, width,
+            )
+        for item in prange(n_items):
+            b, begin = item // (n_kv_heads * n_tiles), (item % (n_kv_heads * n_tiles)) * group
+            join_parts(outs[item], sums[item], out[b, begin : begin + group])
+        for item in prange(batch * n_kv_heads if kept.size else 0):
+            b, h = item // n_kv_heads, item % n_kv_heads
+            heads = n_tiles * group
+            norms = sums[item * n_tiles : (item + 1) * n_tiles, 0, 0]
+            add_votes(kept[b, h * heads : (h + 1) * heads], norms, threshold, votes[b, h])
+
+    return run
+
+
+def decode(query: Tensor, operand: Operand, scaling: float, visible: Tensor | None = None, threshold: float | None = None):
+    """x"""
+    batch, n_heads, head_dim = query.shape
+    n_kv_heads, n_columns = operand.table.shape[1:]
+    group = n_heads // n_kv_heads
+    tile = next(size for size in range(min(group, MOST_HEADS), 0, -1) if group % size == 0)
+    stored = STORED[query.dtype]
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != threads:
+        numba.set_num_threads(threads)
+    items = batch * n_heads // tile
+    n_parts = 1 if items % threads == 0 or items >= PARTS_PER_THREAD * threads else min(-(-PARTS_PER_THREAD * threads // items), n_columns)
+    out = torch.empty(batch, n_heads, head_dim)
+    wants = threshold is not None
+    kept = np.empty((batch, n_heads, n_columns * PAGE_TOKENS) if wants else (1, 0, 0), np.float32)
+    votes = np.empty((batch, n_kv_heads, n_columns * PAGE_TOKENS) if wants else (1, 0, 0), np.float32)
+    seen = np.empty((1, 0), np.bool_) if visible is None else visible.numpy()
+    kernel(tile, stored, min(head_dim, 32))(
+        query.float().contiguous().numpy(), np.float32(scaling * LOG2_E), operand.table, operand.kinds, operand.slots, operand.open_column,
+        operand.open_tokens, seen, operand.addresses, n_parts, kept, np.float32(-1 if threshold is None else threshold), out.numpy(), votes,
+    )
+    out = out.to(query.dtype)
+    return (out, torch.from_numpy(votes)) if wants else out
