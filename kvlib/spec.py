@@ -60,7 +60,8 @@ def held_bytes(spec: ModelSpec, method: str, batch: int, tokens: int, layers_per
         dimensions = spec.n_layers, spec.n_kv_heads, spec.head_dim, spec.dtype
         return override(method, recipe).held_bytes(*dimensions, batch, tokens)
     owners = set(adjacent_groups(spec.n_layers, layers_per_group or chosen.layers_per_group))
-    return len(owners) * batch * spec.n_kv_heads * tokens * chosen.store.bytes_per_token(spec.head_dim, spec.dtype)
+    room = -(-tokens // chosen.store.block_tokens) * chosen.store.block_tokens
+    return len(owners) * batch * spec.n_kv_heads * room * chosen.store.bytes_per_token(spec.head_dim, spec.dtype)
 
 
 def step_workspace_bytes(spec: ModelSpec, method: str, batch: int, tokens: int) -> int:

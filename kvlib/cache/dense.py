@@ -11,6 +11,7 @@ class DenseStore(BufferedStore):
     """Keys and values of one layer in the model's dtype."""
 
     materialises = False  # does attention first write a dense copy of what is stored?
+    block_tokens = 1  # room comes in steps of so many tokens
 
     def __init__(self, capacity_tokens: int = 0):
         self.key, self.value = TokenBuffer(capacity_tokens), TokenBuffer(capacity_tokens)

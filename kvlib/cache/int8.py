@@ -16,6 +16,7 @@ class NaiveInt8Store(BufferedStore):
     """Keys and values of one layer as int8 codes with one bf16 scale per token and KV head."""
 
     materialises = True  # does attention first write a dense copy of what is stored?
+    block_tokens = 1  # room comes in steps of so many tokens
 
     def __init__(self, capacity_tokens: int = 0):
         self.key, self.key_scale, self.value, self.value_scale = (TokenBuffer(capacity_tokens) for _ in range(4))

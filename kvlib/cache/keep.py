@@ -61,7 +61,15 @@ class KeepRule:
     def votes(self, weights: Tensor, n_visible: Tensor) -> Tensor:
         """Votes [B, H_kv, n] of t queries: weights [B, H_kv, G, t, n], n_visible [..., t, 1] keys that a query sees."""
         votes = (weights * n_visible > 1).float() if self.above_average else weights
-        votes = votes.sum((2, 3))
+        return self.shared(votes.sum((2, 3)))
+
+    @property
+    def counts(self) -> str:
+        """What a decode kernel has to count for this rule."""
+        return "above_average" if self.above_average else "weights"
+
+    def shared(self, votes: Tensor) -> Tensor:
+        """Votes [B, H_kv, n] of each head's queries, as the heads use them."""
         return votes.mean(1, keepdim=True).expand_as(votes) if self.across_heads else votes
 
     def decay(self, n_queries: int) -> float:

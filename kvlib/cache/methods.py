@@ -8,11 +8,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kvlib.cache.adapter import KVCache, KVLayer, check_model, head_dim
 from kvlib.cache.dense import DenseStore
 from kvlib.cache.int8 import NaiveInt8Store
+from kvlib.cache.int8_fused import FusedInt8Store
 from kvlib.cache.keep import RULES
 from kvlib.cache.paged import PagedStore, paged_stores
 from kvlib.cache.pages import PagePool
 from kvlib.cache.recipe import Recipe
 from kvlib.cache.sharing import adjacent_groups
+from kvlib.kernels.backend import pick_backend
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ METHODS = {
     "v0": Method("no cache: every step recomputes the prefix", None),
     "v1": Method("keys and values as they are", DenseStore),
     "v2": Method("INT8 per token, quantised and dequantised in Python", NaiveInt8Store),
+    "v2-fused": Method("INT8 per token, attention computed on the codes", FusedInt8Store),
     "v3": Method("pairs of layers share the first one's cache", DenseStore, layers_per_group=2),
     "v4": Method("INT8, shared by pairs of layers", NaiveInt8Store, layers_per_group=2),
     **{rule: paged(RULES[rule].summary, keep=rule, budget=0.25) for rule in RULES},
@@ -68,13 +71,15 @@ def build_cache(
     layers_per_group: int | None = None,
     capacity_tokens: int = 0,
     pool: PagePool | None = None,
+    backend: str = "auto",
     **recipe,
 ) -> KVCache | None:
     """A fresh cache of this method for this model; None for `v0`, which has none.
 
     `layers_per_group` overrides the group of a sharing method; `capacity_tokens` takes the room for that many tokens at
     once, where the length is known, and is the context that a budget's fraction refers to. For paged methods, `pool` lets
-    caches share one pool, and fields of `Recipe` override the method's own. Raises ValueError for an unknown method,
+    caches share one pool, and fields of `Recipe` override the method's own. `backend` chooses the kernels of methods that
+    have some: "numba" (CPU), "triton" (GPU), "torch" (paged methods: none, dequantise first) or "auto", by device. Raises ValueError for an unknown method,
     model or option, and for one that does not fit.
     """
     method, config = get_method(name), getattr(model, "config", model)
@@ -84,11 +89,18 @@ def build_cache(
         raise ValueError(f"layers_per_group: {name} shares no layers; use v3 or v4.")
     if method.store is None:
         return None
+    picked = pick_backend(backend, model.device.type if hasattr(model, "device") else "cpu")
+    if method.store is FusedInt8Store and picked == "torch":
+        raise ValueError(f"backend: {name} computes attention in kernels; choose some, or use v2.")
     if method.recipe:
-        stores = paged_stores(override(name, recipe), pool or PagePool(head_dim(config)), n_layers, capacity_tokens)
+        if pool and backend not in ("auto", pool.backend):
+            raise ValueError(f"backend: the pool's is {pool.backend!r}; make the pool with {backend!r}.")
+        pool = pool or PagePool(head_dim(config), backend=backend)
+        stores = paged_stores(override(name, recipe), pool, n_layers, capacity_tokens)
         return KVCache([KVLayer(store) for store in stores])
     if pool or recipe:
         raise ValueError(f"{', '.join(recipe) or 'pool'}: {name} has no pages; use a paged method.")
     owners = adjacent_groups(n_layers, layers_per_group or method.layers_per_group)
-    stores = {owner: method.store(capacity_tokens) for owner in sorted(set(owners))}
+    options = {"backend": backend} if method.store is FusedInt8Store else {}
+    stores = {owner: method.store(capacity_tokens, **options) for owner in sorted(set(owners))}
     return KVCache([KVLayer(stores[owner], writes=layer == owner) for layer, owner in enumerate(owners)])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvlib.cache.kivi import PRECISIONS, PageFormat
+from kvlib.kernels.backend import load, pick_backend
 from kvlib.kernels.operand import DENSE, PAGE_TOKENS
 
 GROWTH = 1.25
@@ -27,11 +28,12 @@ class PagePool:
     """Pages of `head_dim` channels within `budget_bytes` of slabs (None: as many as are asked for).
 
     With a `salt`, full pages are known by a hash of the salt, the page before them and their contents: storing the same
-    prefix again finds the page that is there. Sequences under different salts never meet.
+    prefix again finds the page that is there. Sequences under different salts never meet. `backend` chooses the kernels, as
+    in `build_cache`.
     """
 
-    def __init__(self, head_dim: int, budget_bytes: int | None = None, salt: bytes | None = None):
-        self.head_dim, self.budget_bytes, self.salt = head_dim, budget_bytes, salt
+    def __init__(self, head_dim: int, budget_bytes: int | None = None, salt: bytes | None = None, backend: str = "auto"):
+        self.head_dim, self.budget_bytes, self.salt, self.backend = head_dim, budget_bytes, salt, backend
         self.formats: dict[int, PageFormat] = {}
         self.slabs: dict[int, Tensor] = {}  # uint8 [slots, page_bytes]
         self.device = torch.device("cpu")
@@ -51,7 +53,7 @@ class PagePool:
     def open(self, like: Tensor) -> None:
         """Take dtype and device from the first keys. Raises ValueError for later ones of another kind."""
         if not self.formats:
-            self.device = like.device
+            self.device, self.backend = like.device, pick_backend(self.backend, like.device.type)
             self.formats = {bits: PageFormat(bits, self.head_dim, like.dtype) for bits in PRECISIONS}
         expected = (self.head_dim, self.formats[DENSE].dtype, self.device)
         if (like.shape[-1], like.dtype, like.device) != expected:
@@ -170,22 +172,35 @@ class PagePool:
     def _slots(self, pages: np.ndarray) -> Tensor:
         return torch.from_numpy(self.slot[pages].astype(np.int64)).to(self.device)
 
+    def _write_full(self, bits: int, pages: np.ndarray, key: Tensor, value: Tensor) -> None:
+        if bits == DENSE or self.backend == "torch" or key.dtype == torch.float16:
+            return self._fill(bits, pages, self.formats[bits].encode(key, value))
+        load(self.backend)[1].encode_pages(key, value, bits, self.slabs[bits], self.slot[pages])
+
     def _fill(self, bits: int, pages: np.ndarray, tensors: list[Tensor]) -> None:
         for field, tensor in zip(self.formats[bits].views(self.slabs[bits]), tensors):
             field[self._slots(pages)] = tensor
 
     def store(self, bits: int, key: Tensor, value: Tensor, parents: np.ndarray | None = None) -> np.ndarray:
-        """Full pages of keys and values [n, 32, D] -> their numbers [n]; `parents` are the pages before them, if any."""
-        tensors = self.formats[bits].encode(key, value)
+        """Full pages of keys and values [n, 32, D] -> their numbers [n].
+
+        They form chains of equal length, one behind the other; `parents` are the pages before each chain's first, if any.
+        """
         if self.salt is None:
             pages = self.allocate(bits, len(key))
-            self._fill(bits, pages, tensors)
+            try:
+                self._write_full(bits, pages, key, value)
+            except ValueError:
+                self.release(pages)
+                raise
             return pages
+        tensors = self.formats[bits].encode(key, value)
         parents = np.full(len(key), NO_PAGE) if parents is None else parents
         raw = [tensor.contiguous().view(len(key), -1).view(torch.uint8).cpu().numpy() for tensor in tensors]
-        digests = []
-        for i, parent in enumerate(parents.tolist()):
-            chain = hashlib.blake2b(self.salt + bytes([bits]) + self.digest.get(parent, b""), digest_size=16)
+        digests, chain_pages = [], len(key) // max(len(parents), 1)
+        for i in range(len(key)):
+            above = digests[-1] if i % chain_pages else self.digest.get(int(parents[i // chain_pages]), b"")
+            chain = hashlib.blake2b(self.salt + bytes([bits]) + above, digest_size=16)
             for field in raw:
                 chain.update(field[i])
             digests.append(chain.digest())

@@ -5,33 +5,52 @@ import torch
 from torch import Tensor
 
 from kvlib.cache.keep import KeepRule
-from kvlib.cache.kivi import PAGE_TOKENS
 from kvlib.cache.pages import NO_PAGE, PagePool
+from kvlib.kernels.operand import DENSE, PAGE_TOKENS, Operand
 
 
 class BlockTable:
-    """`full` [B, H_kv, S] are the full pages, packed to the front; `reservoir` [B, H_kv] one dense page of waiting tokens
-    each; `window` [B, H_kv, w + 1] the dense pages of the newest tokens, which are positions `start` to `n_seen` [B].
+    """`columns` [B, H_kv, S + 1 + w + 1] are page numbers: `full` pages, packed to the front; `reservoir`, one dense page of
+    waiting tokens; `window`, the dense pages of the newest tokens, which are positions `start` to `n_seen` [B].
 
     Where there is a keep rule there are `scores`: of a full page the sum over its tokens, [B, H_kv, S]; else per token.
     Where it compares keys, `key_sum` [B, H_kv, D] adds up all keys seen, each scaled to length 1.
     """
 
     def __init__(self, pool: PagePool, batch: int, n_heads: int, full_pages: int, window_pages: int, rule: KeepRule | None):
-        self.pool = pool
-        self.full = np.full((batch, n_heads, full_pages), NO_PAGE, np.int32)
-        self.reservoir = np.full((batch, n_heads), NO_PAGE, np.int32)
-        self.window = np.full((batch, n_heads, window_pages + 1), NO_PAGE, np.int32)
+        self.pool, self.window_pages = pool, window_pages + 1
+        self.columns = np.full((batch, n_heads, full_pages + 1 + self.window_pages), NO_PAGE, np.int32)
         self.n_seen, self.start = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
-        widths = {"full": full_pages, "reservoir": PAGE_TOKENS, "window": (window_pages + 1) * PAGE_TOKENS} if rule else {}
+        widths = {"full": full_pages, "reservoir": PAGE_TOKENS, "window": self.window_pages * PAGE_TOKENS} if rule else {}
         self.scores = {part: torch.zeros(batch, n_heads, n, device=pool.device) for part, n in widths.items()}
         channels = pool.head_dim if rule and rule.looks_at_keys else 0
         self.key_sum = torch.zeros(batch, n_heads, channels, device=pool.device)
 
     @property
+    def full(self) -> np.ndarray:
+        """A view of the full pages, [B, H_kv, S]."""
+        return self.columns[:, :, : -1 - self.window_pages]
+
+    @property
+    def reservoir(self) -> np.ndarray:
+        """A view of the waiting pages, [B, H_kv]."""
+        return self.columns[:, :, -1 - self.window_pages]
+
+    @property
+    def window(self) -> np.ndarray:
+        """A view of the newest pages, [B, H_kv, w + 1]."""
+        return self.columns[:, :, -self.window_pages :]
+
+    def operand(self) -> Operand:
+        """The table as the kernels see it."""
+        open_column = self.columns.shape[-1] - self.window_pages
+        pool, inside = self.pool, self.n_seen - self.start
+        return Operand(pool.slabs, pool.formats[DENSE].dtype, self.columns, pool.bits, pool.slot, open_column, inside)
+
+    @property
     def batch(self) -> int:
         """Sequences."""
-        return len(self.full)
+        return len(self.columns)
 
     @property
     def n_kept(self) -> np.ndarray:
@@ -39,10 +58,16 @@ class BlockTable:
         n_full = (self.full >= 0).sum(-1) + (self.reservoir >= 0)
         return n_full * PAGE_TOKENS + (self.n_seen - self.start)[:, None]
 
+    def alike(self, n_new: np.ndarray | None = None) -> list[np.ndarray]:
+        """The sequences, those that are equally long (and get equally many tokens) together."""
+        if self.batch == 1:
+            return [np.zeros(1, np.int64)]
+        states = np.stack([self.n_seen, self.start] + ([] if n_new is None else [n_new]), 1)
+        return [np.flatnonzero((states == state).all(1)) for state in np.unique(states, axis=0)]
+
     def pages(self) -> np.ndarray:
         """Numbers of all pages in the table, [n]."""
-        pages = np.concatenate([part.ravel() for part in (self.full, self.reservoir, self.window)])
-        return pages[pages >= 0]
+        return self.columns[self.columns >= 0]
 
     def layout(self) -> tuple[int, int, int]:
         """How many tokens of full pages, reservoir and window `read` returns: the most that any head has."""
@@ -77,7 +102,8 @@ class BlockTable:
         short = most - self.full.shape[-1]
         if short > 0:
             more = max(short, self.full.shape[-1] // 4)
-            self.full = np.pad(self.full, ((0, 0), (0, 0), (0, more)), constant_values=NO_PAGE)
+            room = np.full((*self.full.shape[:2], more), NO_PAGE, np.int32)
+            self.columns = np.concatenate([self.full, room, self.columns[:, :, self.full.shape[-1] :]], -1)
             if self.scores:
                 self.scores["full"] = torch.nn.functional.pad(self.scores["full"], (0, more))
         self.full[rows] = NO_PAGE
@@ -89,7 +115,7 @@ class BlockTable:
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order; rows may repeat, and then share their pages. No key or value is copied."""
         index, before = rows.cpu().numpy(), self.pages()
-        for name in ("full", "reservoir", "window", "n_seen", "start"):
+        for name in ("columns", "n_seen", "start"):
             setattr(self, name, getattr(self, name)[index])
         self.scores = {part: scores.index_select(0, rows.to(scores.device)) for part, scores in self.scores.items()}
         self.key_sum = self.key_sum.index_select(0, rows.to(self.key_sum.device))
@@ -108,4 +134,4 @@ class BlockTable:
         slots = -(-(self.n_seen - self.start) // PAGE_TOKENS)
         gone = np.arange(self.window.shape[-1]) >= slots[:, None, None]
         self.pool.release(np.where(gone, self.window, NO_PAGE))
-        self.window = np.where(gone, NO_PAGE, self.window)
+        self.window[gone.repeat(self.window.shape[1], 1)] = NO_PAGE

@@ -13,7 +13,7 @@ import torch
 from numba import literally, njit, prange
 from torch import Tensor
 
-from kvlib.kernels.operand import KINDS, PAGE_TOKENS, Operand
+from kvlib.kernels.operand import KINDS, PAGE_TOKENS, VALUE_GROUP_CHANNELS, Operand
 from kvlib.kernels.vector import BFLOAT16, FLOAT16, FLOAT32, INT8, float_from_bits, fold_scales, largest, multiply_rows, prefetch
 
 CHUNK_PAGES = 32  # whose logits are formed at once: 1,024 tokens x 8 heads x 4 bytes lie in the L1 or L2 cache
@@ -23,6 +23,7 @@ PARTS_PER_THREAD = 4  # at least, where the context is long enough
 LOG2_E = float(np.log2(np.e))
 NOTHING = np.float32(-1e30)  # the largest logit so far, before the first
 STORED = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+NO_MASK = np.empty((1, 0), np.bool_)
 FAST = {"contract", "reassoc", "nsz", "arcp"}  # but infinities stay what they are
 DENSE_ROW, EIGHT_ROW, FOUR_ROW, TWO_ROW, PER_TOKEN_ROW = range(len(KINDS))
 
@@ -199,72 +200,80 @@ def join_parts(outs, sums, out):
 
 
 @njit(fastmath=FAST)
-def add_votes(logits, norms, threshold, votes):
-    """votes [T] = the weights of these heads' logits [heads, T], added up; with a threshold, how many are above it."""
-    group = norms.shape[1]
-    votes[:] = 0
-    for head in range(logits.shape[0]):
+def add_votes(logits, norms, above_average, votes):
+    """votes [T] = the weights of these heads' logits [heads, T], added up; or how many of them are above the average."""
+    group, n_seen = norms.shape[1], 0
+    for t in range(votes.size):
+        votes[t] = 0
+        n_seen += logits[0, t] > -np.inf
+    for head in range(len(logits)):
         norm = norms[head // group, head % group]
         for t in range(votes.size):
             weight = exp2(logits[head, t] - norm)
-            votes[t] += weight if threshold < 0 else np.float32(weight > threshold)
+            votes[t] += np.float32(weight * n_seen > 1) if above_average else weight
 
 
 @functools.cache
 def kernel(group: int, stored: int, width: int):
-    """The kernel for so many query heads at once, for pages whose dense numbers are `stored` so, in rows of `width` channels."""
+    """The kernel for `group` query heads at once and rows of `width` channels, where dense numbers are stored as `stored`."""
 
-    @njit(parallel=True, fastmath=FAST, cache=True, error_model="numpy")
-    def run(query, scaling, table, kinds, slots, open_column, open_tokens, visible, addresses, n_parts, kept, threshold, out, votes):
-        batch, n_heads, head_dim = query.shape
-        n_kv_heads, n_columns = table.shape[1:]
-        n_tiles = n_heads // (n_kv_heads * group)
-        n_items, per_part = batch * n_kv_heads * n_tiles, -(-n_columns // n_parts)
-        sums = np.empty((n_items, n_parts, 2, group), np.float32)
-        outs = np.empty((n_items, n_parts, group, head_dim), np.float32)
+    @njit(parallel=True, cache=True, error_model="numpy")
+    def run(query, table, kinds, slots, open_column, open_tokens, visible, addresses, n_parts, kept, above_average, out, votes):
+        n_heads, head_dim = query.shape[1:]
+        batch, n_kv_heads, n_columns = table.shape
+        n_tiles, per_part = n_heads // (n_kv_heads * group), -(-n_columns // n_parts)
+        n_items = batch * n_kv_heads * n_tiles
+        outs, sums = np.empty((n_items, n_parts, group, head_dim), np.float32), np.empty((n_items, n_parts, 2, group), np.float32)
         for work in prange(n_items * n_parts):
             item, part = work // n_parts, work % n_parts
-            b, h = item // (n_kv_heads * n_tiles), item // n_tiles % n_kv_heads
-            begin = (item % (n_kv_heads * n_tiles)) * group
-            q = query[b, begin : begin + group] * scaling
-            seen = visible[b] if visible.size else visible[0]
-            logits = kept[b, begin : begin + group] if kept.size else kept[0]
+            b, tile = item // (n_kv_heads * n_tiles), item % (n_kv_heads * n_tiles)
+            heads = slice(tile * group, (tile + 1) * group)
             attend_part(
-                q, table[b, h], part * per_part, min((part + 1) * per_part, n_columns), kinds, slots, open_column, open_tokens[b], seen,
-                addresses, logits, outs[item, part], sums[item, part, 0], sums[item, part, 1], group, stored, width,
-            )
+                query[b, heads], table[b, tile // n_tiles], part * per_part, min((part + 1) * per_part, n_columns),
+                kinds, slots, open_column, open_tokens[b], visible[b if visible.size else 0], addresses,
+                kept[b if kept.size else 0, heads], outs[item, part], sums[item, part, 0], sums[item, part, 1], group, stored, width,
+            )  # fmt: skip
         for item in prange(n_items):
-            b, begin = item // (n_kv_heads * n_tiles), (item % (n_kv_heads * n_tiles)) * group
-            join_parts(outs[item], sums[item], out[b, begin : begin + group])
+            b, tile = item // (n_kv_heads * n_tiles), item % (n_kv_heads * n_tiles)
+            join_parts(outs[item], sums[item], out[b, tile * group : (tile + 1) * group])
         for item in prange(batch * n_kv_heads if kept.size else 0):
-            b, h = item // n_kv_heads, item % n_kv_heads
-            heads = n_tiles * group
+            b, h, n = item // n_kv_heads, item % n_kv_heads, n_tiles * group
             norms = sums[item * n_tiles : (item + 1) * n_tiles, 0, 0]
-            add_votes(kept[b, h * heads : (h + 1) * heads], norms, threshold, votes[b, h])
+            add_votes(kept[b, h * n : (h + 1) * n], norms, above_average, votes[b, h])
 
     return run
 
 
-def decode(query: Tensor, operand: Operand, scaling: float, visible: Tensor | None = None, threshold: float | None = None):
-    """x"""
-    batch, n_heads, head_dim = query.shape
-    n_kv_heads, n_columns = operand.table.shape[1:]
-    group = n_heads // n_kv_heads
-    tile = next(size for size in range(min(group, MOST_HEADS), 0, -1) if group % size == 0)
-    stored = STORED[query.dtype]
+def use_torch_threads() -> int:
+    """Work on as many threads as torch does; how many those are."""
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     if numba.get_num_threads() != threads:
         numba.set_num_threads(threads)
-    items = batch * n_heads // tile
-    n_parts = 1 if items % threads == 0 or items >= PARTS_PER_THREAD * threads else min(-(-PARTS_PER_THREAD * threads // items), n_columns)
-    out = torch.empty(batch, n_heads, head_dim)
-    wants = threshold is not None
-    kept = np.empty((batch, n_heads, n_columns * PAGE_TOKENS) if wants else (1, 0, 0), np.float32)
-    votes = np.empty((batch, n_kv_heads, n_columns * PAGE_TOKENS) if wants else (1, 0, 0), np.float32)
-    seen = np.empty((1, 0), np.bool_) if visible is None else visible.numpy()
-    kernel(tile, stored, min(head_dim, 32))(
-        query.float().contiguous().numpy(), np.float32(scaling * LOG2_E), operand.table, operand.kinds, operand.slots, operand.open_column,
-        operand.open_tokens, seen, operand.addresses, n_parts, kept, np.float32(-1 if threshold is None else threshold), out.numpy(), votes,
-    )
-    out = out.to(query.dtype)
-    return (out, torch.from_numpy(votes)) if wants else out
+    return threads
+
+
+def decode(
+    query: Tensor, operand: Operand, scaling: float, visible: Tensor | None = None, votes: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one new query per head, [B, H, D], over all tokens of an operand -> [B, H, D] in the query's dtype.
+
+    `visible` bool [B, 32 P] hides tokens. `votes` asks for what keep rules count, [B, H_kv, 32 P] fp32, without another
+    pass over the keys: "weights", the attention weights added up over the query heads of a KV head, or "above_average", how
+    many of them are above the average of those in sight. What is behind the last token of a page must be finite.
+    """
+    (batch, n_heads, head_dim), (n_kv_heads, n_columns) = query.shape, operand.table.shape[1:]
+    group = n_heads // n_kv_heads
+    tile = next(n for n in range(min(group, MOST_HEADS), 0, -1) if group % n == 0)
+    threads, n_items = use_torch_threads(), batch * n_heads // tile
+    uneven = n_items % threads and n_items < PARTS_PER_THREAD * threads
+    n_parts = min(-(-PARTS_PER_THREAD * threads // n_items), n_columns) if uneven else 1
+    out, room = torch.empty(query.shape), n_columns * PAGE_TOKENS
+    kept = np.empty((batch, n_heads, room) if votes else (1, n_heads, 0), np.float32)
+    counted = np.empty((batch, n_kv_heads, room) if votes else (1, n_kv_heads, 0), np.float32)
+    run = kernel(tile, STORED[operand.dtype], min(head_dim, VALUE_GROUP_CHANNELS))
+    run(
+        (query.float() * (scaling * LOG2_E)).contiguous().numpy(), operand.table, operand.kinds, operand.slots,
+        operand.open_column, operand.open_tokens, NO_MASK if visible is None else visible.numpy(), operand.addresses,
+        n_parts, kept, votes == "above_average", out.numpy(), counted,
+    )  # fmt: skip
+    return out.to(query.dtype), torch.from_numpy(counted) if votes else None

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 PAGE_TOKENS = 32
@@ -20,10 +21,11 @@ class Operand:
     `slabs`: {kind: uint8 [slots, page bytes]}, pages laid out as `fields` of cache/kivi.py and cache/int8_fused.py say.
     `table` int32 [B, H_kv, P]: page numbers, negative ones skipped; `kinds` uint8 and `slots` int32 [pages] say what a
     number stands for. Pages in columns before `open_column` are full; of those from there on, sequence b has
-    `open_tokens[b]` (int64) tokens.
+    `open_tokens[b]` (int64) tokens. `dtype` is the model's, that of dense pages and of zeros.
     """
 
     slabs: dict[int, Tensor]
+    dtype: torch.dtype
     table: np.ndarray
     kinds: np.ndarray
     slots: np.ndarray

@@ -1,0 +1,217 @@
+"""What GPUs write: codes, bit for bit as cache/quant.py makes them, and how much attention each key got in a prefill.
+
+Nothing here waits for the device, so nothing checks that numbers are finite, as quant.py does.
+"""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvlib.cache.kivi import PageFormat
+from kvlib.cache.quant import SMALLEST_SCALE
+from kvlib.kernels.gpu import INTERPRETED, LOG2_E, NOTHING, TOKENS, TYPES
+from kvlib.kernels.operand import DENSE, VALUE_GROUP_CHANNELS
+
+SMALLEST = tl.constexpr(SMALLEST_SCALE)
+HALFWAY = tl.constexpr(1.5 * 2**23)  # added to |x| < 2^22 it leaves no digits after the point: x is rounded, halves to even
+QUERIES = 32  # at once in `column_sums`, and keys
+KEYS = 64
+
+
+@triton.jit
+def to_scale(x, UP: tl.constexpr):
+    """Non-negative fp32 x as bf16, at least SMALLEST_SCALE: the nearest, halves to even, or the next above. NaN stays NaN."""
+    x = tl.where(x >= SMALLEST, x, tl.where(x < SMALLEST, SMALLEST, x))
+    bits = x.to(tl.int32, bitcast=True)
+    bits += 0xFFFF if UP else 0x7FFF + ((bits >> 16) & 1)
+    return (bits & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_codes(x, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """x / scale rounded, halves to even, within LOW to HIGH."""
+    codes = (tl.div_rn(x, scale) + HALFWAY) - HALFWAY
+    return tl.minimum(tl.maximum(codes, LOW), HIGH).to(tl.int32)
+
+
+@triton.jit
+def encode_token(x, inside):
+    """Signed 8-bit codes [DP] of one token [DP] and its scale, as `quantize_int8` gives them."""
+    x = tl.where(inside, x.to(tl.float32), 0.0)
+    scale = to_scale(tl.div_rn(tl.max(tl.abs(x), 0), 127.0), False)
+    return to_codes(x, tl.broadcast_to(scale, x.shape), -127, 127).to(tl.int8), scale.to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=["n_new", "pages_per_head"])
+def write_tokens_int8(
+    key, value, slab, at, n_new, pages_per_head, n_kv_heads, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr
+):
+    """One new token of one KV head, into its page."""
+    item, new, channel = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, DP)
+    inside = channel < D
+    position = tl.load(at + item // n_kv_heads) + new
+    token = position % TOKENS
+    half: tl.constexpr = (D + 2) * TOKENS
+    page = slab + (item * pages_per_head + position // TOKENS) * (2 * half)
+    there = (position >= 0) & (position < pages_per_head * TOKENS)
+    source = (item * n_new + new) * D + channel
+    codes, scale = encode_token(tl.load(key + source, mask=inside, other=0), inside)
+    tl.store(page.to(tl.pointer_type(tl.int8)) + channel * TOKENS + token, codes, mask=inside & there)
+    tl.store((page + D * TOKENS).to(tl.pointer_type(tl.bfloat16)) + token, scale, mask=there)
+    codes, scale = encode_token(tl.load(value + source, mask=inside, other=0), inside)
+    row = (channel // WIDTH * TOKENS + token) * WIDTH + channel % WIDTH
+    tl.store((page + half).to(tl.pointer_type(tl.int8)) + row, codes, mask=inside & there)
+    tl.store((page + half + D * TOKENS).to(tl.pointer_type(tl.bfloat16)) + token, scale, mask=there)
+
+
+def append_int8(key: Tensor, value: Tensor, room: Tensor, at: int | Tensor) -> None:
+    """Quantise keys and values [B, H_kv, t, D] with one scale per token, and write them from token `at` on of room.
+
+    room: uint8 [B, H_kv, pages, page bytes], contiguous, pages of the kind PER_TOKEN. `at`: for all sequences, or int64 [B]
+    on the device, one for each. Tokens that room has no page for are dropped.
+    """
+    batch, n_kv_heads, n_new, head_dim = key.shape
+    if not isinstance(at, Tensor):
+        at = torch.full((batch,), at, device=key.device)
+    write_tokens_int8[batch * n_kv_heads, n_new](
+        key.contiguous(), value.contiguous(), room, at, n_new, room.shape[2], n_kv_heads, head_dim,
+        triton.next_power_of_2(head_dim), min(head_dim, VALUE_GROUP_CHANNELS),
+    )  # fmt: skip
+
+
+@triton.jit
+def encode_rows(x, inside, BITS: tl.constexpr):
+    """Rows x [R, planes, n] of numbers -> bytes [R, n] of their codes, scales and zeros [R], as `quantize_range` and `pack`."""
+    zero = tl.min(tl.min(tl.where(inside, x, float("inf")), 2), 1)
+    high = tl.max(tl.max(tl.where(inside, x, float("-inf")), 2), 1)
+    span = tl.where(high >= zero, high - zero, 0.0)  # a row that is only padding has none
+    scale = to_scale(tl.div_rn(span, 2.0**BITS - 1), True)
+    above = tl.where(inside, x - zero[:, None, None], 0.0)
+    codes = to_codes(above, tl.broadcast_to(scale[:, None, None], x.shape), 0, 2**BITS - 1)
+    plane = tl.arange(0, 8 // BITS)[None, :, None]
+    return tl.sum(codes << plane * BITS, 1).to(tl.uint8), scale.to(tl.bfloat16), zero
+
+
+@triton.jit
+def write_page(key, value, slab, slots, D: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr):
+    """Up to 32 channels of one page: rows of keys, one per channel, and of values, one per token."""
+    n, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    planes: tl.constexpr = 8 // BITS
+    item: tl.constexpr = 2 + NUMBER.primitive_bitwidth // 8
+    codes: tl.constexpr = D * TOKENS * BITS // 8
+    values: tl.constexpr = codes + D * item
+    key_row: tl.constexpr = TOKENS // planes
+    value_row: tl.constexpr = WIDTH // planes
+    padded_row: tl.constexpr = WP // planes
+    page = slab + tl.load(slots + n).to(tl.int64) * (values + codes + D // WIDTH * TOKENS * item)
+    source, plane = n * TOKENS * D + group * WIDTH, tl.arange(0, planes)[None, :, None]
+
+    channel, byte = tl.arange(0, WP), tl.arange(0, key_row)[None, :]
+    inside = (channel < WIDTH)[:, None]
+    token = plane * key_row + byte[:, None, :]
+    x = tl.load(key + source + token * D + channel[:, None, None], mask=inside[:, :, None], other=0).to(tl.float32)
+    packed, scale, zero = encode_rows(x, inside[:, :, None], BITS)
+    channel += group * WIDTH
+    tl.store(page + channel[:, None] * key_row + byte, packed, mask=inside)
+    inside = tl.arange(0, WP) < WIDTH
+    tl.store((page + codes).to(tl.pointer_type(tl.bfloat16)) + channel, scale, mask=inside)
+    tl.store((page + codes + 2 * D).to(tl.pointer_type(NUMBER)) + channel, zero.to(NUMBER), mask=inside)
+
+    token, byte = tl.arange(0, TOKENS), tl.arange(0, padded_row)[None, :]
+    inside = byte < value_row
+    lane = plane * value_row + byte[:, None, :]
+    x = tl.load(value + source + token[:, None, None] * D + lane, mask=inside[:, None, :], other=0).to(tl.float32)
+    packed, scale, zero = encode_rows(x, inside[:, None, :], BITS)
+    row = group * TOKENS + token
+    tl.store(page + values + row[:, None] * value_row + byte, packed, mask=inside)
+    scales: tl.constexpr = values + codes
+    tl.store((page + scales).to(tl.pointer_type(tl.bfloat16)) + row, scale)
+    tl.store((page + scales + D // WIDTH * TOKENS * 2).to(tl.pointer_type(NUMBER)) + row, zero.to(NUMBER))
+
+
+def encode_pages(key: Tensor, value: Tensor, bits: int, slab: Tensor, slots: np.ndarray | Tensor) -> None:
+    """Quantise keys and values [n, 32, D] to 8, 4 or 2 bits and write them to these slots of slab uint8 [slots, page bytes]."""
+    n, _, head_dim = key.shape
+    width, slots = min(head_dim, VALUE_GROUP_CHANNELS), torch.as_tensor(slots, device=key.device).contiguous()
+    grid, wide = (n, head_dim // width), max(triton.next_power_of_2(width), 8)  # 8: a byte has up to so many planes
+    write_page[grid](key.contiguous(), value.contiguous(), slab, slots, head_dim, width, wide, bits, TYPES[key.dtype])
+
+
+def write_tokens(key: Tensor, value: Tensor, slab: Tensor, slots: np.ndarray | Tensor, offsets: np.ndarray | Tensor) -> None:
+    """Put one token a sequence [B, H_kv, D] into dense pages: slab uint8, slots [B, H_kv], offsets [B] in their pages."""
+    slots, offsets = (torch.as_tensor(x, device=key.device).long() for x in (slots, offsets))
+    keys, values = PageFormat(DENSE, key.shape[-1], key.dtype).views(slab)
+    keys[slots, :, offsets[:, None]] = key
+    values[slots, :, offsets[:, None]] = value.unflatten(-1, (values.shape[1], -1))
+
+
+@triton.jit
+def causal_logits(
+    query, key, queries, keys, scaling, n_queries, n_keys, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr
+):
+    """Base-2 logits of these queries [t, D] for these keys [T, D]; -inf where a query does not see a key."""
+    channel = tl.arange(0, DP)
+    inside = (queries < n_queries)[:, None] & (channel < D)[None, :]
+    q = tl.load(query + queries[:, None] * D + channel[None, :], mask=inside, other=0).to(DOT)
+    inside = (keys < n_keys)[None, :] & (channel < D)[:, None]
+    k = tl.load(key + keys[None, :] * D + channel[:, None], mask=inside, other=0).to(DOT)
+    seen = (keys[None, :] <= n_keys - n_queries + queries[:, None]) & (queries < n_queries)[:, None] & (keys < n_keys)[None, :]
+    return tl.where(seen, tl.dot(q, k, input_precision="ieee") * scaling, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_keys"])
+def find_norms(
+    query, key, lse, scaling, n_queries, n_keys, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, LOG2_E: tl.constexpr,
+):  # fmt: skip
+    """lse [B H, t]: the natural log-sum-exp of each query of a block."""
+    head, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * QUERIES
+    queries = begin + tl.arange(0, QUERIES)
+    query, key = query + head * n_queries * D, key + head // GROUP * n_keys * D
+    top, total = tl.full((QUERIES,), NOTHING, tl.float32), tl.zeros((QUERIES,), tl.float32)
+    for first in range(0, tl.minimum(n_keys - n_queries + begin + QUERIES, n_keys), KEYS):
+        logits = causal_logits(query, key, queries, first + tl.arange(0, KEYS), scaling, n_queries, n_keys, D, DP, DOT)
+        before, top = top, tl.maximum(top, tl.max(logits, 1))
+        total = total * tl.exp2(before - top) + tl.sum(tl.exp2(logits - top[:, None]), 1)
+    norms = (top + tl.log2(tl.maximum(total, 1e-30))) / LOG2_E
+    tl.store(lse + head * n_queries + queries, norms, mask=queries < n_queries)
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_keys"])
+def add_columns(
+    query, key, lse, sums, scaling, n_queries, n_keys, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, LOG2_E: tl.constexpr,
+):  # fmt: skip
+    """sums [B H_kv, T] for a block of keys: the weights that all queries of the group's heads give them."""
+    item, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * KEYS
+    keys, total = first + tl.arange(0, KEYS), tl.zeros((KEYS,), tl.float32)
+    key += item * n_keys * D
+    for head in range(item * GROUP, (item + 1) * GROUP):
+        for begin in range(tl.maximum(first - (n_keys - n_queries), 0) // QUERIES * QUERIES, n_queries, QUERIES):
+            queries = begin + tl.arange(0, QUERIES)
+            logits = causal_logits(query + head * n_queries * D, key, queries, keys, scaling, n_queries, n_keys, D, DP, DOT)
+            norms = tl.load(lse + head * n_queries + queries, mask=queries < n_queries, other=0) * LOG2_E
+            total += tl.sum(tl.exp2(logits - norms[:, None]), 0)
+    tl.store(sums + item * n_keys + keys, total, mask=keys < n_keys)
+
+
+def column_sums(query: Tensor, key: Tensor, scaling: float, lse: Tensor | None = None) -> Tensor:
+    """The attention weight each key receives, fp32 [B, H_kv, T]: summed over causal queries and heads that share the KV head.
+
+    query [B, H, t, D] are the newest of key's [B, H_kv, T, D] tokens. Logits are formed block by block, twice, and never
+    kept; once if `lse`, the natural log-sum-exp fp32 [B, H, t] of each query, is known from elsewhere.
+    """
+    batch, n_heads, n_queries, head_dim = query.shape
+    n_kv_heads, n_keys = key.shape[1:3]
+    query, key, group = query.contiguous(), key.contiguous(), n_heads // n_kv_heads
+    dot = tl.float32 if INTERPRETED else TYPES[query.dtype]
+    fixed = group, head_dim, max(triton.next_power_of_2(head_dim), 16), dot, QUERIES, KEYS, LOG2_E
+    shape = scaling * LOG2_E, n_queries, n_keys
+    if lse is None:
+        lse = torch.empty(batch, n_heads, n_queries, dtype=torch.float32, device=query.device)
+        find_norms[batch * n_heads, triton.cdiv(n_queries, QUERIES)](query, key, lse, *shape, *fixed)
+    sums = torch.empty(batch, n_kv_heads, n_keys, dtype=torch.float32, device=query.device)
+    add_columns[batch * n_kv_heads, triton.cdiv(n_keys, KEYS)](query, key, lse.contiguous(), sums, *shape, *fixed)
+    return sums
