@@ -37,7 +37,7 @@ DECODES = [  # dtype, head_dim, group, batch, KV heads, columns, kinds, is there
     ("fp32", 16, 2, 1, 1, 36, (2, 16), True),
     ("fp16", 256, 1, 1, 1, 3, (8,), False),
 ]
-ENCODES = [("fp32", 64, 8), ("fp32", 96, 4), ("fp32", 12, 2), ("bf16", 64, 4), ("bf16", 32, 2), ("fp16", 128, 8), ("fp16", 8, 2)]
+ENCODES = [("fp32", 64, 8), ("fp32", 96, 4), ("fp32", 12, 2), ("bf16", 64, 4), ("bf16", 32, 2), ("fp16", 96, 8), ("fp16", 4, 2)]
 APPENDS = [("fp32", 64, 3), ("bf16", 32, 1), ("fp16", 12, 5), ("bf16", 96, 2)]
 WRITES = [("fp32", 64), ("bf16", 12)]
 COLUMNS = [("fp32", 64, 3, 80, 80), ("bf16", 32, 2, 20, 75), ("fp16", 12, 1, 1, 64), ("fp32", 32, 1, 70, 70)]
@@ -267,7 +267,8 @@ def graph_case(device, generator):
 def cases(device):
     """{name: case, called with a device and a generator}."""
     found = {"empty": (empty_case,)}
-    for case, grid in ((decode_case, DECODES), (encode_case, ENCODES), (append_case, APPENDS), (write_case, WRITES), (columns_case, COLUMNS)):
+    grids = {decode_case: DECODES, encode_case: ENCODES, append_case: APPENDS, write_case: WRITES, columns_case: COLUMNS}
+    for case, grid in grids.items():
         for row in grid:
             found["-".join(str(x).replace(" ", "") for x in (case.__name__.removesuffix("_case"), *row))] = (case, *row)
     return found | ({"graph": (graph_case,)} if device == "cuda" else {})

@@ -93,7 +93,7 @@ def brute_force_scores(name: str, query: torch.Tensor, key: torch.Tensor) -> tor
         return RULES[name].start(key, None, torch.arange(t), 0)[0]
     if name == "keydiff":
         unit = key[0].double() / key[0].double().norm(dim=-1, keepdim=True)
-        mean = unit.mean(1, keepdim=True)
+        mean = unit[:, : t // PAGE_TOKENS * PAGE_TOKENS - 32].mean(1, keepdim=True)  # of those that left the window of 32
         return -(unit * mean).sum(-1) / mean.norm(dim=-1)
     per_query_head = {
         "h2o": lambda: weights.sum(1),

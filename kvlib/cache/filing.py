@@ -21,7 +21,7 @@ def count_votes(store, votes: Tensor, n_queries: np.ndarray, parts: tuple[int, i
 
 
 def starting_scores(store, rows: np.ndarray, key: Tensor, start: int) -> Tensor:
-    """The scores [b, H_kv, t] with which new tokens begin; their keys are from now on among those that were seen."""
+    """The scores [b, H_kv, t] that tokens bring along when they leave the window; their keys now count among those that did."""
     end, mean = start + key.shape[2], None
     if store.rule.looks_at_keys:
         at = torch.from_numpy(rows).to(key.device)
@@ -30,8 +30,8 @@ def starting_scores(store, rows: np.ndarray, key: Tensor, start: int) -> Tensor:
     return store.rule.start(key, mean, torch.arange(start, end, device=key.device), store.layer)
 
 
-def enter_window(store, key: Tensor, value: Tensor) -> list[np.ndarray]:
-    """Put one token a sequence, [B, H_kv, 1, D], into the window; -> the sequences, those of one length together."""
+def enter_window(store, key: Tensor, value: Tensor) -> None:
+    """Put one token a sequence, [B, H_kv, 1, D], into the window; pages that others share are copied first."""
     table, pool, everyone = store.table, store.pool, np.arange(len(key))
     column, offset = np.divmod(table.n_seen - table.start, PAGE_TOKENS)
     pages, fresh = table.window[everyone, :, column], offset == 0
@@ -39,24 +39,14 @@ def enter_window(store, key: Tensor, value: Tensor) -> list[np.ndarray]:
         pages[fresh] = pool.allocate(DENSE, int(fresh.sum()) * key.shape[1]).reshape(-1, key.shape[1])
     table.window[everyone, :, column] = pages = pool.own(pages)
     load(pool.backend)[1].write_tokens(key[:, :, 0], value[:, :, 0], pool.slabs[DENSE], pool.slot[pages], offset)
-    states = table.alike()
-    if store.rule:
-        at = torch.from_numpy(table.n_seen - table.start).to(pool.device)
-        score = torch.zeros(*key.shape[:2], device=pool.device)
-        for rows in states if store.rule.start else ():
-            score[torch.from_numpy(rows).to(pool.device)] = starting_scores(store, rows, key[rows], int(table.n_seen[rows[0]]))[..., 0]
-        table.scores["window"].scatter_(2, at[:, None, None].expand(*key.shape[:2], 1), score[..., None])
     table.n_seen += 1
-    return states
 
 
 def file_tokens(store, rows: np.ndarray, key: Tensor, value: Tensor, score: Tensor) -> None:
     """Put new tokens [b, H_kv, t, D] of equally long sequences into the window; what leaves it there, among the pages."""
-    table, new = store.table, key.shape[2]
+    table = store.table
     inside = int(table.n_seen[rows[0]] - table.start[rows[0]])
-    if store.rule and store.rule.start:
-        score = score + starting_scores(store, rows, key, int(table.n_seen[rows[0]]))
-    table.n_seen[rows] += new
+    table.n_seen[rows] += key.shape[2]
     taken, inside = leave_window(store, rows, inside, key, value, score)
     write_window(store, rows, inside, *(x[:, :, taken:] for x in (key, value, score)))
 
@@ -83,6 +73,8 @@ def leave_window(store, rows: np.ndarray, inside: int, key: Tensor, value: Tenso
         left = table.window[rows, :, slots:]
         table.window[rows] = np.pad(left, ((0, 0), (0, 0), (0, slots)), constant_values=NO_PAGE)
     if store.rule:
+        if store.rule.start:
+            exits[2] = exits[2] + starting_scores(store, rows, exits[0], start)
         compete(store, rows, store.limit(end), *exits)
     else:
         keep_all(store, rows, *exits[:2])

@@ -1,6 +1,6 @@
 """Keep rules: which tokens stay when there is not room for all. A rule gives every token of every KV head a score.
 
-A token starts with a score that its position or its key gives it, or with none. Where a rule looks at attention, a query
+When a token leaves the dense window, its position or its key may give it a score. Where a rule looks at attention, a query
 votes for the keys it attends to: its weights, summed over the query heads that share the KV head. Scores add up the votes
 of the newest `horizon` queries: t new queries first weigh the past down by 1 - t / horizon. Equal scores: the earlier
 token stays.
@@ -28,7 +28,7 @@ def chance(key: Tensor, mean: Tensor | None, positions: Tensor, layer: int) -> T
 
 
 def distinct(key: Tensor, mean: Tensor, positions: Tensor, layer: int) -> Tensor:
-    """How little the key resembles the mean [b, H_kv, D] of all keys seen so far, each of length 1: minus their cosine."""
+    """How little the key resembles the mean [b, H_kv, D] of all keys that left the window so far, each of length 1: minus their cosine."""
     return -F.cosine_similarity(key.float(), mean[:, :, None], dim=-1)
 
 
@@ -38,7 +38,8 @@ class KeepRule:
 
     `horizon`: newest queries that count (None: all, 0: the rule does not look at attention). `above_average`: a vote is
     1 where the weight is above the average of the keys in sight. `pooled_tokens`: a token is as good as the best among so
-    many around it. `across_heads`: all heads of the layer vote together. `start`: where a token's score starts.
+    many around it. `across_heads`: all heads of the layer vote together. `start`: what a token's score is given when it
+    leaves the window.
     """
 
     summary: str

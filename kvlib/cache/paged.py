@@ -120,16 +120,15 @@ class PagedStore:
     def _step(self, query: Tensor, scaling: float) -> Tensor:
         """Attention of one new token a sequence, by a kernel that reads the block table; the token enters the window first."""
         (key, value), self.pending = self.pending, None
-        alike = enter_window(self, key, value)
+        enter_window(self, key, value)
         counts = self.rule.counts if self.rule and self.rule.needs_votes else None
         out, votes = load(self.pool.backend)[0].decode(query[:, :, 0], self.table.operand(), scaling, votes=counts)
         if counts:
             parts = [n * PAGE_TOKENS for n in (self.table.full.shape[-1], 1, self.table.window.shape[-1])]
             count_votes(self, self.rule.shared(votes), np.ones(len(key)), parts)
-        for rows in alike:
-            if self.table.n_seen[rows[0]] % PAGE_TOKENS == 0:
-                none = key[rows, :, :0]
-                leave_window(self, rows, int((self.table.n_seen - self.table.start)[rows[0]]), none, none, none[..., 0].float())
+        for rows in self.table.alike() if (self.table.n_seen % PAGE_TOKENS == 0).any() else ():
+            none = key[rows, :, :0]
+            leave_window(self, rows, int((self.table.n_seen - self.table.start)[rows[0]]), none, none, none[..., 0].float())
         return out[:, :, None]
 
     def _settle(self, real: Tensor | None, votes: Tensor | None) -> None:

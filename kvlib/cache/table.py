@@ -14,7 +14,7 @@ class BlockTable:
     waiting tokens; `window`, the dense pages of the newest tokens, which are positions `start` to `n_seen` [B].
 
     Where there is a keep rule there are `scores`: of a full page the sum over its tokens, [B, H_kv, S]; else per token.
-    Where it compares keys, `key_sum` [B, H_kv, D] adds up all keys seen, each scaled to length 1.
+    Where it compares keys, `key_sum` [B, H_kv, D] adds up those that have left the window, each scaled to length 1.
     """
 
     def __init__(self, pool: PagePool, batch: int, n_heads: int, full_pages: int, window_pages: int, rule: KeepRule | None):
@@ -135,3 +135,5 @@ class BlockTable:
         gone = np.arange(self.window.shape[-1]) >= slots[:, None, None]
         self.pool.release(np.where(gone, self.window, NO_PAGE))
         self.window[gone.repeat(self.window.shape[1], 1)] = NO_PAGE
+        for row, length in enumerate((self.n_seen - self.start).tolist() if self.scores else ()):
+            self.scores["window"][row, :, length:] = 0

@@ -23,7 +23,7 @@ PARTS_PER_THREAD = 4  # at least, where the context is long enough
 LOG2_E = float(np.log2(np.e))
 NOTHING = np.float32(-1e30)  # the largest logit so far, before the first
 STORED = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
-NO_MASK = np.empty((1, 0), np.bool_)
+NO_MASK, NO_LOGITS = np.empty((1, 0), np.bool_), np.empty((1, 0, 0), np.float32)
 FAST = {"contract", "reassoc", "nsz", "arcp"}  # but infinities stay what they are
 DENSE_ROW, EIGHT_ROW, FOUR_ROW, TWO_ROW, PER_TOKEN_ROW = range(len(KINDS))
 
@@ -147,13 +147,17 @@ def soften(logits, n, kept, out, tops, sums):
 
 @njit(fastmath=FAST)
 def attend_part(
-    query, pages, first, last, kinds, slots, open_column, open_tokens, visible, addresses, kept, out, tops, sums, group, stored, width
+    query, scaling, pages, first, last, kinds, slots, open_column, open_tokens, visible, addresses, kept, out, tops, sums, group, stored, width
 ):
     """Columns first to last of one block table: out [group, D] the weighted values, tops and sums [group] their softmax.
 
     Base-2 logits are written to `kept` [group, P x 32], unless that is empty.
     """
     head_dim, item, room = query.shape[1], stored // 16 * 2, CHUNK_PAGES * PAGE_TOKENS
+    scaled = np.empty((group, head_dim), np.float32)
+    for g in range(group):
+        for d in range(head_dim):
+            scaled[g, d] = query[g, d] * scaling
     logits, scratch = np.empty((group, room), np.float32), np.empty((group, max(head_dim, PAGE_TOKENS)), np.float32)
     bias, buffer = np.empty(group, np.float32), np.empty((CHUNK_PAGES, 4), np.int64)
     out[:], tops[:], sums[:] = 0, NOTHING, 0
@@ -165,7 +169,7 @@ def attend_part(
             at, count, ahead = i * PAGE_TOKENS, found[i, 1], found[min(i + PAGES_AHEAD, n - 1), 2]
             if count:
                 target = logits.ctypes.data + 4 * at
-                form_logits(found[i, 0], found[i, 2], ahead, query, scratch, bias, target, room, group, stored, width)
+                form_logits(found[i, 0], found[i, 2], ahead, scaled, scratch, bias, target, room, group, stored, width)
             for g in range(group if count < PAGE_TOKENS else 0):
                 logits[g, at + count : at + PAGE_TOKENS] = -np.inf
             for t in range(count if visible.size else 0):
@@ -218,7 +222,7 @@ def kernel(group: int, stored: int, width: int):
     """The kernel for `group` query heads at once and rows of `width` channels, where dense numbers are stored as `stored`."""
 
     @njit(parallel=True, cache=True, error_model="numpy")
-    def run(query, table, kinds, slots, open_column, open_tokens, visible, addresses, n_parts, kept, above_average, out, votes):
+    def run(query, scaling, table, kinds, slots, open_column, open_tokens, visible, addresses, n_parts, kept, above_average, out, votes):
         n_heads, head_dim = query.shape[1:]
         batch, n_kv_heads, n_columns = table.shape
         n_tiles, per_part = n_heads // (n_kv_heads * group), -(-n_columns // n_parts)
@@ -229,27 +233,39 @@ def kernel(group: int, stored: int, width: int):
             b, tile = item // (n_kv_heads * n_tiles), item % (n_kv_heads * n_tiles)
             heads = slice(tile * group, (tile + 1) * group)
             attend_part(
-                query[b, heads], table[b, tile // n_tiles], part * per_part, min((part + 1) * per_part, n_columns),
+                query[b, heads], scaling, table[b, tile // n_tiles], part * per_part, min((part + 1) * per_part, n_columns),
                 kinds, slots, open_column, open_tokens[b], visible[b if visible.size else 0], addresses,
                 kept[b if kept.size else 0, heads], outs[item, part], sums[item, part, 0], sums[item, part, 1], group, stored, width,
             )  # fmt: skip
-        for item in prange(n_items):
-            b, tile = item // (n_kv_heads * n_tiles), item % (n_kv_heads * n_tiles)
-            join_parts(outs[item], sums[item], out[b, tile * group : (tile + 1) * group])
-        for item in prange(batch * n_kv_heads if kept.size else 0):
-            b, h, n = item // n_kv_heads, item % n_kv_heads, n_tiles * group
-            norms = sums[item * n_tiles : (item + 1) * n_tiles, 0, 0]
-            add_votes(kept[b, h * n : (h + 1) * n], norms, above_average, votes[b, h])
+            if n_parts == 1:
+                join_parts(outs[item], sums[item], out[b, heads])
+        if n_parts > 1:
+            for item in prange(n_items):
+                b, tile = item // (n_kv_heads * n_tiles), item % (n_kv_heads * n_tiles)
+                join_parts(outs[item], sums[item], out[b, tile * group : (tile + 1) * group])
+        if kept.size:
+            for item in prange(batch * n_kv_heads):
+                b, h, n = item // n_kv_heads, item % n_kv_heads, n_tiles * group
+                norms = sums[item * n_tiles : (item + 1) * n_tiles, 0, 0]
+                add_votes(kept[b, h * n : (h + 1) * n], norms, above_average, votes[b, h])
 
     return run
 
 
-def use_torch_threads() -> int:
-    """Work on as many threads as torch does; how many those are."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if numba.get_num_threads() != threads:
-        numba.set_num_threads(threads)
+@functools.cache
+def use_threads(n: int) -> int:
+    """Work on so many threads, as torch does, or on as many as numba has; how many those are."""
+    use_threads.cache_clear()  # only the latest call counts
+    threads = min(n, numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(threads)
     return threads
+
+
+@functools.cache
+def plan(n_items: int, n_columns: int, threads: int) -> int:
+    """Parts into which each item's columns are cut, so that all threads have about equally much to do."""
+    uneven = n_items % threads and n_items < PARTS_PER_THREAD * threads
+    return min(-(-PARTS_PER_THREAD * threads // n_items), n_columns) if uneven else 1
 
 
 def decode(
@@ -262,17 +278,14 @@ def decode(
     many of them are above the average of those in sight. What is behind the last token of a page must be finite.
     """
     (batch, n_heads, head_dim), (n_kv_heads, n_columns) = query.shape, operand.table.shape[1:]
-    group = n_heads // n_kv_heads
-    tile = next(n for n in range(min(group, MOST_HEADS), 0, -1) if group % n == 0)
-    threads, n_items = use_torch_threads(), batch * n_heads // tile
-    uneven = n_items % threads and n_items < PARTS_PER_THREAD * threads
-    n_parts = min(-(-PARTS_PER_THREAD * threads // n_items), n_columns) if uneven else 1
-    out, room = torch.empty(query.shape), n_columns * PAGE_TOKENS
-    kept = np.empty((batch, n_heads, room) if votes else (1, n_heads, 0), np.float32)
-    counted = np.empty((batch, n_kv_heads, room) if votes else (1, n_kv_heads, 0), np.float32)
-    run = kernel(tile, STORED[operand.dtype], min(head_dim, VALUE_GROUP_CHANNELS))
-    run(
-        (query.float() * (scaling * LOG2_E)).contiguous().numpy(), operand.table, operand.kinds, operand.slots,
+    group, room = n_heads // n_kv_heads, n_columns * PAGE_TOKENS
+    tile = group if group <= MOST_HEADS else max(n for n in range(1, MOST_HEADS + 1) if group % n == 0)
+    n_parts = plan(batch * n_heads // tile, n_columns, use_threads(torch.get_num_threads()))
+    kept = np.empty((batch, n_heads, room), np.float32) if votes else NO_LOGITS
+    counted = np.empty((batch, n_kv_heads, room), np.float32) if votes else NO_LOGITS
+    out = torch.empty(query.shape)
+    kernel(tile, STORED[operand.dtype], min(head_dim, VALUE_GROUP_CHANNELS))(
+        query.float().contiguous().numpy(), np.float32(scaling * LOG2_E), operand.table, operand.kinds, operand.slots,
         operand.open_column, operand.open_tokens, NO_MASK if visible is None else visible.numpy(), operand.addresses,
         n_parts, kept, votes == "above_average", out.numpy(), counted,
     )  # fmt: skip

@@ -79,9 +79,10 @@ def read_per_token(slab, slot, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.cons
     page, token = slab + slot * (2 * half), tl.arange(0, TOKENS)
     key_scale = tl.load((page + D * TOKENS).to(tl.pointer_type(tl.bfloat16)) + token).to(tl.float32)
     value_scale = tl.load((page + half + D * TOKENS).to(tl.pointer_type(tl.bfloat16)) + token).to(tl.float32)
-    key = load_key(page, D, DP, TOKENS).to(tl.int8, bitcast=True).to(tl.float32) * key_scale[None, :]
+    codes = load_key(page, D, DP, TOKENS).to(tl.int8, bitcast=True).to(tl.float32)
+    key = codes * key_scale[None, :] + 0.0  # without the zero, dense pages of 128 channels beside it crash LLVM in Triton 3.6
     codes = load_value(page + half, D, DP, WIDTH, WP, WIDTH).to(tl.int8, bitcast=True).to(tl.float32)
-    return key.to(DOT), (tl.reshape(codes, (TOKENS, DP)) * value_scale[:, None]).to(DOT)
+    return key.to(DOT), tl.reshape(codes * value_scale[:, None, None], (TOKENS, DP)).to(DOT)
 
 
 @triton.jit
@@ -106,11 +107,11 @@ def read_codes(
 
 @triton.jit(do_not_specialize=["n_columns", "per_part"])
 def attend(
-    query, dense, eight, four, two, per_token, table, kinds, slots, open_column, open_tokens, visible, scaling, kept, sums, outs,
-    n_columns, per_part, n_kv_heads, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr,
+    query, dense, eight, four, two, per_token, table, kinds, slots, open_column, open_tokens, visible, scaling, kept, sums,
+    outs, n_columns, per_part, n_kv_heads, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr,
     WP: tl.constexpr, DOT: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
-    """One part of the context: outs [B H, parts, D] and sums [B H, parts, 3]: the largest base-2 logit, the softmax's sum, n tokens."""
+    """One part of the context: outs [B H, parts, D], and sums [B H, parts, 3]: largest base-2 logit, softmax's sum, tokens seen."""
     item, part, n_parts = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
     row, channel, token = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, TOKENS)
     head, real, inside = item * GROUP + row, row < GROUP, channel < D
@@ -172,14 +173,13 @@ def join_parts(sums, outs, norms, out, n_parts, PARTS: tl.constexpr, D: tl.const
     total = tl.sum(tl.load(sums + part * 3 + 1, mask=part < n_parts, other=0) * tl.exp2(tops - top), 0)
     joined = tl.zeros((DP,), tl.float32)
     for begin in range(0, n_parts, PARTS_AT_ONCE):
-        part = begin + tl.arange(0, PARTS_AT_ONCE)
-        factor = tl.exp2(tl.load(sums + part * 3, mask=part < n_parts, other=NOTHING) - top)
-        inside = (part < n_parts)[:, None] & (channel < D)[None, :]
-        joined += tl.sum(factor[:, None] * tl.load(outs + part[:, None] * D + channel[None, :], mask=inside, other=0), 0)
+        some = begin + tl.arange(0, PARTS_AT_ONCE)
+        factor = tl.exp2(tl.load(sums + some * 3, mask=some < n_parts, other=NOTHING) - top)
+        inside = (some < n_parts)[:, None] & (channel < D)[None, :]
+        joined += tl.sum(factor[:, None] * tl.load(outs + some[:, None] * D + channel[None, :], mask=inside, other=0), 0)
     tl.store(out + head * D + channel, joined / tl.where(total > 0, total, 1.0), mask=channel < D)
     if norms is not None:
         tl.store(norms + head * 2, tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), 0.0))
-        part = tl.arange(0, PARTS)
         tl.store(norms + head * 2 + 1, tl.sum(tl.load(sums + part * 3 + 2, mask=part < n_parts, other=0), 0))
 
 
@@ -196,8 +196,8 @@ def add_votes(kept, norms, votes, n_tokens, GROUP: tl.constexpr, ABOVE_AVERAGE: 
 
 
 def launch(
-    query: Tensor, slabs: dict[int, Tensor], dtype: torch.dtype, table: Tensor, kinds: Tensor, slots: Tensor, open_column: Tensor,
-    open_tokens: Tensor, scaling: float, visible: Tensor | None = None, votes: str | None = None,
+    query: Tensor, slabs: dict[int, Tensor], dtype: torch.dtype, table: Tensor, kinds: Tensor, slots: Tensor,
+    open_column: Tensor, open_tokens: Tensor, scaling: float, visible: Tensor | None = None, votes: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`decode` of tables that are on the device already, `open_column` [1] too: never waits for the device.
 

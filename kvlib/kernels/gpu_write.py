@@ -16,8 +16,7 @@ from kvlib.kernels.operand import DENSE, VALUE_GROUP_CHANNELS
 
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
 HALFWAY = tl.constexpr(1.5 * 2**23)  # added to |x| < 2^22 it leaves no digits after the point: x is rounded, halves to even
-QUERIES = 32  # at once in `column_sums`, and keys
-KEYS = 64
+TILES = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}  # queries, and keys, at once in `column_sums`
 
 
 @triton.jit
@@ -95,7 +94,9 @@ def encode_rows(x, inside, BITS: tl.constexpr):
 
 
 @triton.jit
-def write_page(key, value, slab, slots, D: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr):
+def write_page(
+    key, value, slab, slots, D: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr
+):
     """Up to 32 channels of one page: rows of keys, one per channel, and of values, one per token."""
     n, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     planes: tl.constexpr = 8 // BITS
@@ -148,9 +149,7 @@ def write_tokens(key: Tensor, value: Tensor, slab: Tensor, slots: np.ndarray | T
 
 
 @triton.jit
-def causal_logits(
-    query, key, queries, keys, scaling, n_queries, n_keys, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr
-):
+def causal_logits(query, key, queries, keys, scaling, n_queries, n_keys, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr):
     """Base-2 logits of these queries [t, D] for these keys [T, D]; -inf where a query does not see a key."""
     channel = tl.arange(0, DP)
     inside = (queries < n_queries)[:, None] & (channel < D)[None, :]
@@ -181,8 +180,8 @@ def find_norms(
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys"])
 def add_columns(
-    query, key, lse, sums, scaling, n_queries, n_keys, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, LOG2_E: tl.constexpr,
+    query, key, lse, sums, scaling, n_queries, n_keys, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DOT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, LOG2_E: tl.constexpr,
 ):  # fmt: skip
     """sums [B H_kv, T] for a block of keys: the weights that all queries of the group's heads give them."""
     item, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * KEYS
@@ -206,12 +205,13 @@ def column_sums(query: Tensor, key: Tensor, scaling: float, lse: Tensor | None =
     batch, n_heads, n_queries, head_dim = query.shape
     n_kv_heads, n_keys = key.shape[1:3]
     query, key, group = query.contiguous(), key.contiguous(), n_heads // n_kv_heads
-    dot = tl.float32 if INTERPRETED else TYPES[query.dtype]
-    fixed = group, head_dim, max(triton.next_power_of_2(head_dim), 16), dot, QUERIES, KEYS, LOG2_E
+    dot = torch.float32 if INTERPRETED else query.dtype
+    tile = TILES[dot]
+    fixed = group, head_dim, max(triton.next_power_of_2(head_dim), 16), TYPES[dot], tile, tile, LOG2_E
     shape = scaling * LOG2_E, n_queries, n_keys
     if lse is None:
         lse = torch.empty(batch, n_heads, n_queries, dtype=torch.float32, device=query.device)
-        find_norms[batch * n_heads, triton.cdiv(n_queries, QUERIES)](query, key, lse, *shape, *fixed)
+        find_norms[batch * n_heads, triton.cdiv(n_queries, tile)](query, key, lse, *shape, *fixed)
     sums = torch.empty(batch, n_kv_heads, n_keys, dtype=torch.float32, device=query.device)
-    add_columns[batch * n_kv_heads, triton.cdiv(n_keys, KEYS)](query, key, lse.contiguous(), sums, *shape, *fixed)
+    add_columns[batch * n_kv_heads, triton.cdiv(n_keys, tile)](query, key, lse.contiguous(), sums, *shape, *fixed)
     return sums
