@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvlib.kernels.operand import DENSE, KINDS, PAGE_TOKENS, VALUE_GROUP_CHANNELS, Operand
+from kvlib.kernels.operand import DENSE, KINDS, PAGE_TOKENS, PER_TOKEN, VALUE_GROUP_CHANNELS, Operand
 
 ROWS = tl.constexpr(16)  # of a tile: what tl.dot needs at least
 TOKENS = tl.constexpr(PAGE_TOKENS)
+DENSE_KIND, PER_TOKEN_KIND = tl.constexpr(DENSE), tl.constexpr(PER_TOKEN)
 NOTHING = tl.constexpr(-1e30)  # the largest logit so far, before the first
 PARTS_AT_ONCE = tl.constexpr(16)
 VOTES_AT_ONCE = 256
@@ -111,7 +112,7 @@ def attend(
     outs, n_columns, per_part, n_kv_heads, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr,
     WP: tl.constexpr, DOT: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
-    """One part of the context: outs [B H, parts, D], and sums [B H, parts, 3]: largest base-2 logit, softmax's sum, tokens seen."""
+    """One part of the context: outs [B H, parts, D], and sums [B H, parts, 3]: top base-2 logit, softmax's sum, tokens seen."""
     item, part, n_parts = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
     row, channel, token = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, TOKENS)
     head, real, inside = item * GROUP + row, row < GROUP, channel < D
@@ -127,7 +128,7 @@ def attend(
             kind, slot = tl.load(kinds + page), tl.load(slots + page).to(tl.int64)
             key, value = tl.zeros((DP, TOKENS), DOT), tl.zeros((TOKENS, DP), DOT)
             if dense is not None:
-                if kind == 16:
+                if kind == DENSE_KIND:
                     key, value = read_dense(dense, slot, D, DP, WIDTH, WP, DOT)
             if eight is not None:
                 if kind == 8:
@@ -139,7 +140,7 @@ def attend(
                 if kind == 2:
                     key, value = read_codes(two, slot, D, DP, WIDTH, WP, DOT, ZERO, 2)
             if per_token is not None:
-                if kind == 9:
+                if kind == PER_TOKEN_KIND:
                     key, value = read_per_token(per_token, slot, D, DP, WIDTH, WP, DOT)
             seen = token < count
             value = tl.where(seen[:, None], value, 0.0).to(DOT)  # memory that nobody wrote may hold NaN

@@ -54,14 +54,15 @@ def write_tokens_int8(
     token = position % TOKENS
     half: tl.constexpr = (D + 2) * TOKENS
     page = slab + (item * pages_per_head + position // TOKENS) * (2 * half)
-    there = (position >= 0) & (position < pages_per_head * TOKENS)
+    there = position < pages_per_head * TOKENS
+    written = channel < tl.where(there, D, 0)
     source = (item * n_new + new) * D + channel
     codes, scale = encode_token(tl.load(key + source, mask=inside, other=0), inside)
-    tl.store(page.to(tl.pointer_type(tl.int8)) + channel * TOKENS + token, codes, mask=inside & there)
+    tl.store(page.to(tl.pointer_type(tl.int8)) + channel * TOKENS + token, codes, mask=written)
     tl.store((page + D * TOKENS).to(tl.pointer_type(tl.bfloat16)) + token, scale, mask=there)
     codes, scale = encode_token(tl.load(value + source, mask=inside, other=0), inside)
     row = (channel // WIDTH * TOKENS + token) * WIDTH + channel % WIDTH
-    tl.store((page + half).to(tl.pointer_type(tl.int8)) + row, codes, mask=inside & there)
+    tl.store((page + half).to(tl.pointer_type(tl.int8)) + row, codes, mask=written)
     tl.store((page + half + D * TOKENS).to(tl.pointer_type(tl.bfloat16)) + token, scale, mask=there)
 
 

@@ -6,7 +6,6 @@ schedule; the context grows in stages. Ends by writing `data/models/NAME` with i
 """
 
 import argparse
-import ctypes
 import hashlib
 import math
 import time
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from kvlib import paths
 from kvlib.measure.quality import chunks
 from kvlib.measure.retrieval import measure_needles
+from kvlib.malloc import keep_freed_memory
 from kvlib.model import corpus, load, recall
 from kvlib.model.bundled import RECIPES, VOCABULARY, Recipe
 from kvlib.model.card import write_bundle
@@ -29,16 +29,6 @@ from kvlib.model.card import write_bundle
 STEPS_PER_CHECKPOINT = 100
 TOKENS_PER_EVALUATION = 1_000_000
 WORK = paths.CACHE / "train"
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to reuse big freed blocks instead of unmapping them: page faults cost a third of a training step."""
-    try:
-        libc = ctypes.CDLL(None)
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(option, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass  # another C library: only slower
 
 
 def prepare_text(vocabulary: int = VOCABULARY) -> tuple[Tokenizer, dict[str, np.ndarray], str]:
