@@ -103,7 +103,8 @@ def test_keys_are_stored_per_kv_head(network, name):
     cache = build_cache(name, network)
     read(network, random_ids(1, 5), cache)
     store = cache.layers[0].store
-    assert (store.table.columns if name in PAGED else getattr(store, "key", store).room).shape[1] == ModelSpec.of(network).n_kv_heads
+    stored = store.table.columns if name in PAGED else getattr(store, "key", store).room
+    assert stored.shape[1] == ModelSpec.of(network).n_kv_heads
 
 
 @pytest.mark.parametrize("name", EVICTING)

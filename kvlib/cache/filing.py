@@ -38,7 +38,7 @@ def enter_window(store, key: Tensor, value: Tensor) -> None:
     if fresh.any():
         pages[fresh] = pool.allocate(DENSE, int(fresh.sum()) * key.shape[1]).reshape(-1, key.shape[1])
     table.window[everyone, :, column] = pages = pool.own(pages)
-    load(pool.backend)[1].write_tokens(key[:, :, 0], value[:, :, 0], pool.slabs[DENSE], pool.slot[pages], offset)
+    load(pool.backend).write_tokens(key[:, :, 0], value[:, :, 0], pool.slabs[DENSE], pool.slot[pages], offset)
     table.n_seen += 1
 
 

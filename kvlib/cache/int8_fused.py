@@ -47,7 +47,7 @@ class FusedInt8Store:
 
     def quantize(self, key: Tensor, value: Tensor) -> None:
         """Write the codes and scales of new tokens behind those that are there."""
-        load(self.backend)[1].append_int8(key, value, self.room, self.length)
+        load(self.backend).append_int8(key, value, self.room, self.length)
 
     def _grow(self, needed: int, like: Tensor) -> None:
         if self.room is None:
@@ -92,7 +92,7 @@ class FusedInt8Store:
         if mask is not None:
             visible = mask.new_zeros(len(query), operand.table.shape[2] * PAGE_TOKENS)
             visible[:, : self.length] = mask[:, 0, 0, : self.length]
-        return load(self.backend)[0].decode(query[:, :, 0], operand, scaling, visible)[0][:, :, None]
+        return load(self.backend).decode(query[:, :, 0], operand, scaling, visible)[0][:, :, None]
 
     def forget(self, n_tokens: int) -> None:
         """Drop the newest tokens of every sequence."""

@@ -28,7 +28,7 @@ def chance(key: Tensor, mean: Tensor | None, positions: Tensor, layer: int) -> T
 
 
 def distinct(key: Tensor, mean: Tensor, positions: Tensor, layer: int) -> Tensor:
-    """How little the key resembles the mean [b, H_kv, D] of all keys that left the window so far, each of length 1: minus their cosine."""
+    """Minus the cosine of the key and the mean [b, H_kv, D] of all keys, scaled to length 1, that left the window so far."""
     return -F.cosine_similarity(key.float(), mean[:, :, None], dim=-1)
 
 

@@ -36,6 +36,11 @@ class PagedStore:
         """Sequences stored, None before the first."""
         return self.table.batch if self.table else None
 
+    @property
+    def kernels(self):
+        """What attends to pages as they lie there; None: torch, once they are dequantised."""
+        return None if self.pool.backend == "torch" else load(self.pool.backend)
+
     def limit(self, n_seen: int) -> int | None:
         """The budget in pages per KV head once `n_seen` tokens were seen, the window's excluded; None: all."""
         pages = self.recipe.layer_pages(self.n_layers, self.capacity_tokens or n_seen)
@@ -101,7 +106,7 @@ class PagedStore:
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """query [B, H, t, D] of the tokens last appended -> [B, H, t, D] over all that is stored and those tokens."""
-        if query.shape[2] == 1 and self.pool.backend != "torch":
+        if query.shape[2] == 1 and self.kernels:
             return self._step(query, scaling)
         (key, value), t, exists = self.pending, query.shape[2], None
         real = None if mask is None else mask[:, 0, -1, -t:]  # padding is what not even the newest token may see
@@ -110,7 +115,11 @@ class PagedStore:
             past_key, past_value, exists = self.table.read()
             key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
         visible, votes = visible_keys(exists, real, t, key), None
-        if self.rule and self.rule.needs_votes:
+        if self.rule and self.rule.needs_votes and visible is None and self.rule.counts == "weights" and self.kernels:
+            out = dense_attention(query, key, value, None, scaling)
+            voters = query[:, :, -self.rule.horizon :] if self.rule.horizon else query
+            votes = self.rule.shared(self.kernels.column_sums(voters, key, scaling))
+        elif self.rule and self.rule.needs_votes:
             out, votes = attention_with_votes(query, key, value, visible, real, scaling, self.rule)
         else:
             out = dense_attention(query, key, value, visible, scaling)
@@ -122,7 +131,7 @@ class PagedStore:
         (key, value), self.pending = self.pending, None
         enter_window(self, key, value)
         counts = self.rule.counts if self.rule and self.rule.needs_votes else None
-        out, votes = load(self.pool.backend)[0].decode(query[:, :, 0], self.table.operand(), scaling, votes=counts)
+        out, votes = self.kernels.decode(query[:, :, 0], self.table.operand(), scaling, votes=counts)
         if counts:
             parts = [n * PAGE_TOKENS for n in (self.table.full.shape[-1], 1, self.table.window.shape[-1])]
             count_votes(self, self.rule.shared(votes), np.ones(len(key)), parts)

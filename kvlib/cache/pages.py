@@ -175,7 +175,7 @@ class PagePool:
     def _write_full(self, bits: int, pages: np.ndarray, key: Tensor, value: Tensor) -> None:
         if bits == DENSE or self.backend == "torch" or key.dtype == torch.float16:
             return self._fill(bits, pages, self.formats[bits].encode(key, value))
-        load(self.backend)[1].encode_pages(key, value, bits, self.slabs[bits], self.slot[pages])
+        load(self.backend).encode_pages(key, value, bits, self.slabs[bits], self.slot[pages])
 
     def _fill(self, bits: int, pages: np.ndarray, tensors: list[Tensor]) -> None:
         for field, tensor in zip(self.formats[bits].views(self.slabs[bits]), tensors):

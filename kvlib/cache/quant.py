@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
+from kvlib.kernels.operand import SMALLEST_SCALE
 
 
 def quantize_int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

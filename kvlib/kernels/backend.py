@@ -2,10 +2,16 @@
 
 import functools
 import importlib
-from types import ModuleType
+from types import SimpleNamespace
 
 BACKENDS = {"cpu": "numba", "cuda": "triton"}
-MODULES = {"numba": ("kvlib.kernels.cpu", "kvlib.kernels.cpu_write"), "triton": ("kvlib.kernels.gpu", "kvlib.kernels.gpu_write")}
+MODULES = {  # decode; append_int8, encode_pages and write_tokens; column_sums
+    "numba": ("kvlib.kernels.cpu", "kvlib.kernels.cpu_write", "kvlib.kernels.cpu_columns"),
+    "triton": ("kvlib.kernels.gpu", "kvlib.kernels.gpu_write", "kvlib.kernels.gpu_columns"),
+}
+
+
+KERNELS = ("decode", "append_int8", "encode_pages", "write_tokens", "column_sums")
 
 
 def pick_backend(backend: str, device_type: str) -> str:
@@ -26,6 +32,7 @@ def pick_backend(backend: str, device_type: str) -> str:
 
 
 @functools.cache
-def load(backend: str) -> tuple[ModuleType, ModuleType]:
-    """The modules that attend and that write. Raises ImportError where the backend is not installed."""
-    return tuple(importlib.import_module(name) for name in MODULES[backend])
+def load(backend: str) -> SimpleNamespace:
+    """The kernels of a backend, by name. Raises ImportError where it is not installed."""
+    modules = [importlib.import_module(name) for name in MODULES[backend]]
+    return SimpleNamespace(**{name: getattr(module, name) for module in modules for name in KERNELS if hasattr(module, name)})

@@ -10,11 +10,12 @@ import functools
 import numba
 import numpy as np
 import torch
-from numba import literally, njit, prange
+from numba import njit, prange
 from torch import Tensor
 
-from kvlib.kernels.operand import KINDS, PAGE_TOKENS, VALUE_GROUP_CHANNELS, Operand
-from kvlib.kernels.vector import BFLOAT16, FLOAT16, FLOAT32, INT8, float_from_bits, fold_scales, largest, multiply_rows, prefetch
+from kvlib.kernels.cpu_page import add_values, find_pages, form_logits
+from kvlib.kernels.operand import PAGE_TOKENS, VALUE_GROUP_CHANNELS, Operand
+from kvlib.kernels.vector import BFLOAT16, FLOAT16, FLOAT32, float_from_bits, largest
 
 CHUNK_PAGES = 32  # whose logits are formed at once: 1,024 tokens x 8 heads x 4 bytes lie in the L1 or L2 cache
 MOST_HEADS = 8  # query heads served at once: so many rows of sums fit into registers
@@ -25,7 +26,6 @@ NOTHING = np.float32(-1e30)  # the largest logit so far, before the first
 STORED = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 NO_MASK, NO_LOGITS = np.empty((1, 0), np.bool_), np.empty((1, 0, 0), np.float32)
 FAST = {"contract", "reassoc", "nsz", "arcp"}  # but infinities stay what they are
-DENSE_ROW, EIGHT_ROW, FOUR_ROW, TWO_ROW, PER_TOKEN_ROW = range(len(KINDS))
 
 
 @njit(fastmath=FAST)
@@ -42,89 +42,6 @@ def exp2(x):
     p = p * f + np.float32(6.931472028550421e-1)
     power = float_from_bits(np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)))
     return (p * f + np.float32(1)) * power if x >= np.float32(-126) else np.float32(0)
-
-
-@njit
-def half_bytes(row, head_dim, item, width):
-    """Bytes of a page's keys, and of its values, with their scales and zeros; `item` bytes are a number's of the model."""
-    if row == DENSE_ROW:
-        return head_dim * PAGE_TOKENS * item, head_dim * PAGE_TOKENS * item
-    if row == PER_TOKEN_ROW:
-        return (head_dim + 2) * PAGE_TOKENS, (head_dim + 2) * PAGE_TOKENS
-    codes = head_dim * PAGE_TOKENS >> (row - EIGHT_ROW)
-    return codes + head_dim * (2 + item), codes + head_dim // width * PAGE_TOKENS * (2 + item)
-
-
-@njit
-def form_logits(row, page, ahead, query, scratch, bias, out, stride, group, stored, width):
-    """out [group, 32] = the logits of the keys at address `page`. `query` [group, D] is scaled, `scratch` as large or larger."""
-    group, stored, width = literally(group), literally(stored), literally(width)
-    head_dim, wide, item = query.shape[1], scratch.shape[1], stored // 16 * 2
-    left, folded, sums = query.ctypes.data, scratch.ctypes.data, bias.ctypes.data
-    bias[:] = 0
-    if row == DENSE_ROW:
-        multiply_rows(left, head_dim, page, head_dim, ahead, out, stride, sums, group, stored, 32, 0)
-    elif row == PER_TOKEN_ROW:
-        multiply_rows(left, head_dim, page, head_dim, ahead, out, stride, sums, group, INT8, 32, 0)
-        fold_scales(out, stride, page + head_dim * 32, 0, 32, out, stride, sums, group, 0, 32)
-    else:
-        scale = page + (head_dim * 32 >> (row - EIGHT_ROW))
-        zero = scale + head_dim * 2
-        prefetch(ahead + (scale - page), head_dim * (2 + item))
-        fold_scales(left, head_dim, scale, zero, head_dim, folded, wide, sums, group, stored, width)
-        if row == EIGHT_ROW:
-            multiply_rows(folded, wide, page, head_dim, ahead, out, stride, sums, group, 8, 32, 0)
-        elif row == FOUR_ROW:
-            multiply_rows(folded, wide, page, head_dim, ahead, out, stride, sums, group, 4, 32, 0)
-        else:
-            multiply_rows(folded, wide, page, head_dim, ahead, out, stride, sums, group, 2, 32, 0)
-
-
-@njit
-def add_values(row, page, ahead, weights, stride, scratch, bias, out, group, stored, width):
-    """out [group, D] += weights [group, 32] times the values at address `page`."""
-    group, stored, width = literally(group), literally(stored), literally(width)
-    head_dim, wide, item = out.shape[1], scratch.shape[1], stored // 16 * 2
-    folded, sums, target = scratch.ctypes.data, bias.ctypes.data, out.ctypes.data
-    bias[:] = 0
-    scale = page + (head_dim * 32 >> max(row - EIGHT_ROW, 0))
-    if row == PER_TOKEN_ROW:
-        fold_scales(weights, stride, page + head_dim * 32, 0, 32, folded, wide, sums, group, 0, 32)
-    elif row != DENSE_ROW:
-        prefetch(ahead + (scale - page), head_dim // width * 32 * (2 + item))
-    for begin in range(0, head_dim, width):
-        to, block, part = target + begin * 4, begin * 32, begin // width * 32
-        if row == DENSE_ROW:
-            block *= item
-            multiply_rows(weights, stride, page + block, 32, ahead + block, to, head_dim, sums, group, stored, width, 1)
-        elif row == PER_TOKEN_ROW:
-            multiply_rows(folded, wide, page + block, 32, ahead + block, to, head_dim, sums, group, INT8, width, 1)
-        else:
-            zero = scale + head_dim // width * 64
-            fold_scales(weights, stride, scale + part * 2, zero + part * item, 32, folded, wide, sums, group, stored, 32)
-            block >>= row - EIGHT_ROW
-            if row == EIGHT_ROW:
-                multiply_rows(folded, wide, page + block, 32, ahead + block, to, head_dim, sums, group, 8, width, 1)
-            elif row == FOUR_ROW:
-                multiply_rows(folded, wide, page + block, 32, ahead + block, to, head_dim, sums, group, 4, width, 1)
-            else:
-                multiply_rows(folded, wide, page + block, 32, ahead + block, to, head_dim, sums, group, 2, width, 1)
-
-
-@njit
-def find_pages(pages, begin, kinds, slots, open_column, open_tokens, addresses, head_dim, item, width, found):
-    """found [n, 4]: for columns begin to begin + n, row of the kind, tokens (0: no page), address of keys and of values."""
-    for i in range(len(found)):
-        column = begin + i
-        page = pages[column]
-        count = PAGE_TOKENS if column < open_column else min(open_tokens - (column - open_column) * PAGE_TOKENS, PAGE_TOKENS)
-        found[i, 1] = max(count, 0) if page >= 0 else 0
-        if found[i, 1]:
-            kind = kinds[page]
-            row = 0 if kind == 16 else 1 if kind == 8 else 2 if kind == 4 else 3 if kind == 2 else 4
-            of_keys, of_values = half_bytes(row, head_dim, item, width)
-            address = addresses[row] + np.int64(slots[page]) * (of_keys + of_values)
-            found[i, 0], found[i, 2], found[i, 3] = row, address, address + of_keys
 
 
 @njit(fastmath=FAST)
@@ -180,12 +97,15 @@ def attend_part(
         for i in range(n):
             if found[i, 1]:
                 weights, ahead = logits.ctypes.data + 4 * i * PAGE_TOKENS, found[min(i + PAGES_AHEAD, n - 1), 3]
-                add_values(found[i, 0], found[i, 3], ahead, weights, room, scratch, bias, out, group, stored, width)
+                add_values(found[i, 0], found[i, 3], found[i, 1], ahead, weights, room, scratch, bias, out, group, stored, width)
 
 
 @njit(fastmath=FAST)
 def join_parts(outs, sums, out):
-    """out [group, D] = the attention of one item, from its parts' [parts, group, D]; sums[0, 0] becomes its log-sum-exp."""
+    """out [group, D] = the attention of one item, from its parts' [parts, group, D]; sums[0, 0] becomes its log-sum-exp.
+
+    A query that sees no key gets zeros.
+    """
     n_parts, group, head_dim = outs.shape
     for g in range(group):
         top, total = sums[0, 0, g], np.float32(0)
@@ -199,8 +119,8 @@ def join_parts(outs, sums, out):
             for d in range(head_dim):
                 out[g, d] += factor * outs[part, g, d]
         for d in range(head_dim):
-            out[g, d] /= total
-        sums[0, 0, g] = top + np.log2(total)
+            out[g, d] /= total if total > 0 else np.float32(1)
+        sums[0, 0, g] = top + np.log2(total) if total > 0 else np.float32(0)
 
 
 @njit(fastmath=FAST)
@@ -275,7 +195,7 @@ def decode(
 
     `visible` bool [B, 32 P] hides tokens. `votes` asks for what keep rules count, [B, H_kv, 32 P] fp32, without another
     pass over the keys: "weights", the attention weights added up over the query heads of a KV head, or "above_average", how
-    many of them are above the average of those in sight. What is behind the last token of a page must be finite.
+    many of them are above the average of those in sight. Absent tokens get 0, and so does a query that sees no token.
     """
     (batch, n_heads, head_dim), (n_kv_heads, n_columns) = query.shape, operand.table.shape[1:]
     group, room = n_heads // n_kv_heads, n_columns * PAGE_TOKENS

@@ -33,7 +33,7 @@ def put_bfloat16(page, at, bits):
 def encode_rows(rows, bits, item, page):
     """Rows [n, columns] -> codes, scales, and zeros of `item` bytes, one behind the other in `page`: half a page.
 
-    Returns how many rows have no scale: an infinite range, or NaN.
+    Returns 0 unless there is NaN, infinity or a range beyond fp32.
     """
     n_bad = 0
     n_rows, n_columns = rows.shape
@@ -44,6 +44,7 @@ def encode_rows(rows, bits, item, page):
         zero = high = rows[row, 0]
         for i in range(n_columns):
             x = rows[row, i]
+            n_bad += not abs(x) < np.inf
             zero, high = x if x < zero else zero, x if x > high else high
         step = (high - zero) / most
         n_bad += not abs(step) < np.inf
@@ -70,7 +71,7 @@ def encode_rows(rows, bits, item, page):
 
 @njit
 def encode_page(key, value, bits, item, page):
-    """Keys and values [32, D] -> one page; how many rows have no scale."""
+    """Keys and values [32, D] -> one page; returns 0 unless they have no scale."""
     head_dim = key.shape[1]
     width = min(head_dim, VALUE_GROUP_CHANNELS)
     n_groups = head_dim // width
@@ -134,7 +135,7 @@ def _append_int8(key, value, pages, at):
     n_heads, n_bad = key.shape[1], 0
     for item in prange(len(key) * n_heads):
         b, h = item // n_heads, item % n_heads
-        n_bad += append_head(key[b, h], value[b, h], pages[b, h], at)
+        n_bad += append_head(key[b, h], value[b, h], pages[b, h], at[b])
     return n_bad
 
 
@@ -159,12 +160,13 @@ def encode_pages(key: Tensor, value: Tensor, bits: int, slab: Tensor, slots: np.
         raise ValueError("encode_pages: x holds NaN, infinity or a range beyond fp32; look at what the model computed.")
 
 
-def append_int8(key: Tensor, value: Tensor, room: Tensor, at: int) -> None:
-    """Quantise keys and values [B, H_kv, t, D] with one scale per token, and write them at token `at` of room.
+def append_int8(key: Tensor, value: Tensor, room: Tensor, at: int | Tensor) -> None:
+    """Quantise keys and values [B, H_kv, t, D] with one scale per token, and write them at token `at` (or at[b]) of room.
 
     room: uint8 [B, H_kv, pages, page bytes], pages of the kind PER_TOKEN. Raises ValueError unless all numbers are finite.
     """
-    if _append_int8(as_float32(key), as_float32(value), room.numpy(), at):
+    starts = at.numpy() if isinstance(at, Tensor) else np.full(len(key), at)
+    if _append_int8(as_float32(key), as_float32(value), room.numpy(), starts):
         raise ValueError("append_int8: the keys or values hold NaN or infinity; look at what the model computed.")
 
 

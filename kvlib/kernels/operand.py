@@ -11,6 +11,7 @@ PAGE_TOKENS = 32
 VALUE_GROUP_CHANNELS = 32
 DENSE = 16  # the precision of a page in the model's own dtype, which has 16 bits where models are deployed
 PER_TOKEN = 9  # signed 8-bit codes with one scale per token and no zero
+SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
 KINDS = (DENSE, 8, 4, 2, PER_TOKEN)
 
 

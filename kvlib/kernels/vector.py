@@ -88,8 +88,8 @@ def multiply_rows(typing, left, left_stride, rows, n_rows, ahead, out, out_strid
     """out[g, :width] = bias[g] + sum over i < n_rows of left[g, i] * rows[i, :width], for g < group; with `add`, += instead.
 
     `rows` lie one behind the other, stored as `stored` says; all else is fp32. `left`, `rows`, `out` and `bias` are
-    addresses, strides count floats, n_rows is a multiple of 4. The last four are known when the code is compiled. Meanwhile
-    as many bytes at `ahead` are fetched: the next pages lie anywhere, so the machine cannot guess them.
+    addresses, strides count floats. The last four are known when the code is compiled. Meanwhile as many bytes at `ahead` are
+    fetched: the next pages lie anywhere, so the machine cannot guess them.
     """
     group_size, kind, lanes, adds = (x.literal_value for x in (group, stored, width, add))
     row_bytes = lanes * BITS[kind] // 8
@@ -100,17 +100,25 @@ def multiply_rows(typing, left, left_stride, rows, n_rows, ahead, out, out_strid
         wide = vector(F32, lanes)
         none, factors = ir.Constant(wide, [0.0] * lanes), ir.Constant(wide, lane_factors(kind, lanes))
         sums = [[cgutils.alloca_once_value(builder, none) for _ in range(group_size)] for _ in range(n_sums)]
-        with cgutils.for_range(builder, builder.sdiv(n_rows, I64(n_sums)), intp=I64) as loop:
+
+        def add_row(i, target) -> None:
+            row = numbers(builder, builder.add(rows, scaled(builder, row_bytes, i)), kind, lanes)
+            for g in range(group_size):
+                offset = scaled(builder, 4, builder.add(scaled(builder, g, left_stride), i))
+                factor = everywhere(builder, at(builder, left, F32, offset, 4), lanes)
+                builder.store(fma(builder, factor, row, builder.load(target[g])), target[g])
+
+        rounds = builder.sdiv(n_rows, I64(n_sums))
+        with cgutils.for_range(builder, rounds, intp=I64) as loop:
             first = scaled(builder, n_sums, loop.index)
             for line in range(0, n_sums * row_bytes, LINE_BYTES):
                 ask_for(builder, builder.add(ahead, scaled(builder, row_bytes, first)), line)
             for u in range(n_sums):
-                i = builder.add(first, I64(u))
-                row = numbers(builder, builder.add(rows, scaled(builder, row_bytes, i)), kind, lanes)
-                for g in range(group_size):
-                    offset = scaled(builder, 4, builder.add(scaled(builder, g, left_stride), i))
-                    factor = everywhere(builder, at(builder, left, F32, offset, 4), lanes)
-                    builder.store(fma(builder, factor, row, builder.load(sums[u][g])), sums[u][g])
+                add_row(builder.add(first, I64(u)), sums[u])
+        if n_sums > 1:
+            done = scaled(builder, n_sums, rounds)
+            with cgutils.for_range(builder, builder.sub(n_rows, done), intp=I64) as loop:
+                add_row(builder.add(done, loop.index), sums[0])
         for g in range(group_size):
             total = builder.load(sums[0][g])
             for u in range(1, n_sums):

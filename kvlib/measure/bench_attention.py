@@ -54,7 +54,7 @@ def contenders(
 ) -> dict[str, Contender]:
     """Every way to attend, over random keys and values of their own."""
     generator, backend = torch.Generator(device).manual_seed(0), pick_backend("auto", device)
-    decode, scaling = load(backend)[0].decode, head_dim**-0.5
+    decode, scaling = load(backend).decode, head_dim**-0.5
     draw = lambda *shape: torch.randn(*shape, device=device, generator=generator)  # noqa: E731
     packed = draw(batch, kv_heads, heads // kv_heads, head_dim)
     query, query16 = packed.view(batch, heads, head_dim), packed.view(batch, heads, head_dim).bfloat16()

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from kvlib import paths
+from kvlib.malloc import keep_freed_memory
 from kvlib.measure.quality import chunks
 from kvlib.measure.retrieval import measure_needles
-from kvlib.malloc import keep_freed_memory
 from kvlib.model import corpus, load, recall
 from kvlib.model.bundled import RECIPES, VOCABULARY, Recipe
 from kvlib.model.card import write_bundle

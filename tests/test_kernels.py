@@ -1,6 +1,6 @@
-"""The Triton kernels against float64 and against quant.py: in Triton's interpreter everywhere, compiled where there is a GPU.
+"""Kernels against float64 and against quant.py: numba's here, Triton's in its interpreter, and compiled where there is a GPU.
 
-Triton reads TRITON_INTERPRET when it is imported, so the cases run in a process of their own: this file, run as a script.
+Triton reads TRITON_INTERPRET when it is imported, so its cases run in a process of their own: this file, run as a script.
 """
 
 import importlib.util
@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from kvlib.cache.kivi import PageFormat
 from kvlib.cache.quant import quantize_int8, unpack
+from kvlib.kernels import backend
+from kvlib.kernels.backend import load, pick_backend
 from kvlib.kernels.operand import PER_TOKEN, Operand
 
 FILLER = 255  # in bytes nobody wrote: NaN in every dtype
@@ -104,9 +106,7 @@ def error(out, truth):
     return float((out.double().cpu() - truth).abs().max() / truth.abs().max())
 
 
-def decode_case(device, generator, dtype, head_dim, group, batch, n_kv_heads, n_columns, kinds, masked):
-    from kvlib.kernels import gpu
-
+def decode_case(kernels, device, generator, dtype, head_dim, group, batch, n_kv_heads, n_columns, kinds, masked):
     dtype, scaling = FLOATS[dtype], head_dim**-0.5
     operand, key, value, exists = random_operand(kinds, batch, n_kv_heads, n_columns, head_dim, dtype, generator, device)
     query = 2 * torch.randn(batch, n_kv_heads * group, head_dim, generator=generator).to(dtype)
@@ -120,7 +120,7 @@ def decode_case(device, generator, dtype, head_dim, group, batch, n_kv_heads, n_
         query[:, :, None].to(device), key.to(dtype).to(device), value.to(dtype).to(device), mask, scale=scaling, enable_gqa=True
     )[:, :, 0]
     arguments = query.to(device), operand, scaling, visible.to(device) if masked else None
-    out, nothing = gpu.decode(*arguments)
+    out, nothing = kernels.decode(*arguments)
     assert nothing is None
     assert out.dtype == dtype and out.shape == query.shape
     # the house rule: twice plain attention, plus one rounding of the result
@@ -130,14 +130,14 @@ def decode_case(device, generator, dtype, head_dim, group, batch, n_kv_heads, n_
     # bf16 and fp16 tensor cores see rounded keys: the logits' rounding errors, 1/2 eps x |q| |k| / sqrt(D) in the mean square,
     # |q| ~ 2 sqrt(D) and |k| ~ 1.4 sqrt(D), stay below 8 eps. The interpreter multiplies in fp32.
     close = 1e-4 if device == "cpu" or dtype == torch.float32 else 8 * torch.finfo(dtype).eps
-    again, votes = gpu.decode(*arguments, votes="weights")
+    again, votes = kernels.decode(*arguments, votes="weights")
     expected = weights.sum(2)
     assert torch.equal(out, again) and votes.dtype == torch.float32
     votes = votes.cpu().double()
     assert ((votes - expected).abs() <= close * expected + 1e-30).all(), f"votes off by {error(votes, expected):.1e}"
     assert (votes[~seen] == 0).all()
 
-    _, counts = gpu.decode(*arguments, votes="above_average")
+    _, counts = kernels.decode(*arguments, votes="above_average")
     relative = weights * seen.sum(-1)[:, :, None, None]
     least, most = ((relative > factor).sum(2) for factor in (1 + close, 1 - close))
     counts = counts.cpu()
@@ -145,22 +145,18 @@ def decode_case(device, generator, dtype, head_dim, group, batch, n_kv_heads, n_
     return f"error {measured:.2e}, plain attention {plain:.2e}, votes {error(votes, expected):.1e}"
 
 
-def empty_case(device, generator):
+def empty_case(kernels, device, generator):
     """A query that sees no token gets zeros, its votes too; its neighbour in the batch does not notice."""
-    from kvlib.kernels import gpu
-
     operand, *_ = random_operand((16, 4), 2, 1, 4, 32, torch.float32, generator, device)
     query = torch.randn(2, 2, 32, generator=generator).to(device)
-    before = gpu.decode(query, operand, 0.2, votes="weights")
+    before = kernels.decode(query, operand, 0.2, votes="weights")
     operand.table[1] = -1
-    after = gpu.decode(query, operand, 0.2, votes="weights")
+    after = kernels.decode(query, operand, 0.2, votes="weights")
     for x, y in zip(before, after):
         assert torch.equal(x[0], y[0]) and x[1].abs().sum() > 0 and (y[1] == 0).all()
 
 
-def encode_case(device, generator, dtype, head_dim, bits):
-    from kvlib.kernels import gpu_write
-
+def encode_case(kernels, device, generator, dtype, head_dim, bits):
     page = PageFormat(bits, head_dim, FLOATS[dtype])
     key, value = (torch.randn(2, 5, 32, head_dim, generator=generator) * 10).to(page.dtype)
     key[1], value[1] = (torch.randint(0, 2 * 2**bits - 1, (2, 32, head_dim), generator=generator) / 2).to(page.dtype)  # halves
@@ -172,14 +168,12 @@ def encode_case(device, generator, dtype, head_dim, bits):
     for view, field in zip(page.views(expected), page.encode(key, value)):
         view[slots] = field
     slab = slab.to(device)
-    gpu_write.encode_pages(key.to(device), value.to(device), bits, slab, slots.numpy())
+    kernels.encode_pages(key.to(device), value.to(device), bits, slab, slots.numpy())
     wrong = (slab.cpu() != expected).sum()
     assert not wrong, f"{wrong} of {expected.numel()} bytes differ"
 
 
-def append_case(device, generator, dtype, head_dim, n_new):
-    from kvlib.kernels import gpu_write
-
+def append_case(kernels, device, generator, dtype, head_dim, n_new):
     batch, n_kv_heads, n_pages, groups = 2, 2, 3, max(head_dim // 32, 1)
     key, value = (torch.randn(2, batch, n_kv_heads, n_new, head_dim, generator=generator) * 10).to(FLOATS[dtype])
     key[0, 0, 0] = torch.randint(-255, 256, (head_dim,), generator=generator) / 4  # with a scale of 1/2, halves
@@ -200,15 +194,13 @@ def append_case(device, generator, dtype, head_dim, n_new):
                 rows.view(head_dim, 32)[:, token] = numbers[b, h, i]
             else:
                 rows.view(groups, 32, -1)[:, token] = numbers[b, h, i].view(groups, -1)
-    gpu_write.append_int8(key.to(device), value.to(device), room, at)
+    kernels.append_int8(key.to(device), value.to(device), room, at)
     wrong = (room.cpu() != expected).sum()
     assert not wrong, f"{wrong} of {expected.numel()} bytes differ"
 
 
-def write_case(device, generator, dtype, head_dim):
+def write_case(kernels, device, generator, dtype, head_dim):
     """A dense token lands where `PageFormat.encode` puts it, and nowhere else."""
-    from kvlib.kernels import gpu_write
-
     page = PageFormat(16, head_dim, FLOATS[dtype])
     key, value = torch.randn(2, 2, 3, head_dim, generator=generator).to(page.dtype)
     slots, offsets = np.array([[4, 1, 0], [2, 6, 3]], np.int32), np.array([31, 5])
@@ -219,13 +211,11 @@ def write_case(device, generator, dtype, head_dim):
         whole_key[slots[b, h], offsets[b]], whole_value[slots[b, h], offsets[b]] = key[b, h], value[b, h]
     expected = torch.cat([x.reshape(8, -1).contiguous().view(torch.uint8) for x in page.encode(whole_key, whole_value)], 1)
     slab = slab.to(device)
-    gpu_write.write_tokens(key.to(device), value.to(device), slab, slots, offsets)
+    kernels.write_tokens(key.to(device), value.to(device), slab, slots, offsets)
     assert torch.equal(slab.cpu(), expected)
 
 
-def columns_case(device, generator, dtype, head_dim, group, n_queries, n_keys):
-    from kvlib.kernels import gpu_write
-
+def columns_case(kernels, device, generator, dtype, head_dim, group, n_queries, n_keys):
     dtype, scaling = FLOATS[dtype], head_dim**-0.5
     query = 2 * torch.randn(2, 2 * group, n_queries, head_dim, generator=generator).to(dtype)
     key = torch.randn(2, 2, n_keys, head_dim, generator=generator).to(dtype)
@@ -233,20 +223,20 @@ def columns_case(device, generator, dtype, head_dim, group, n_queries, n_keys):
     logits.masked_fill_(torch.ones(n_queries, n_keys, dtype=torch.bool).triu(n_keys - n_queries + 1), -torch.inf)
     expected, lse = logits.softmax(-1).sum((2, 3)), logits.logsumexp(-1).flatten(1, 2).float()
     arguments = query.to(device), key.to(device), scaling
-    for sums in (gpu_write.column_sums(*arguments), gpu_write.column_sums(*arguments, lse.to(device))):
+    for sums in (kernels.column_sums(*arguments), kernels.column_sums(*arguments, lse.to(device))):
         # products of bf16 are exact in fp32; logits of up to 10 leave fp32 errors of 1e-6 in weights, as sums do
         assert ((sums.cpu().double() - expected).abs() <= 1e-5 * expected).all(), f"sums off by {error(sums, expected):.1e}"
     return f"sums off by {error(sums, expected):.1e}"
 
 
-def graph_case(device, generator):
+def graph_case(kernels, device, generator):
     """A captured launch replayed with other lengths, open column, pages and query gives what a fresh launch gives."""
     from kvlib.kernels import gpu
 
     operands = [random_operand(MIXED, 2, 1, 9, 64, torch.bfloat16, generator, device)[0] for _ in range(2)]
     operands[1].open_column, operands[1].open_tokens = 5, np.array([3, 40])
     queries = torch.randn(2, 2, 4, 64, generator=generator).bfloat16().to(device)
-    wanted = [gpu.decode(q, operand, 0.125, votes="weights") for q, operand in zip(queries, operands)]
+    wanted = [kernels.decode(q, operand, 0.125, votes="weights") for q, operand in zip(queries, operands)]
     slabs = {kind: torch.cat([x.slabs[kind] for x in operands]) for kind in MIXED}  # room for either
     inputs = [queries[0].clone()]
     inputs += [torch.from_numpy(x).to(device) for x in (operands[0].table, operands[0].kinds, operands[0].slots)]
@@ -274,6 +264,16 @@ def cases(device):
     return found | ({"graph": (graph_case,)} if device == "cuda" else {})
 
 
+def poisoned(make):
+    """Like `make`, torch.empty say, but with NaN in what it returns."""
+
+    def filled(*arguments, **options):
+        x = make(*arguments, **options)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    return filled
+
+
 def bridge_numpy():
     """Let the interpreter of Triton 3.6 run `range` of numbers on the device: numpy 2.4 makes no int of an array [1]."""
     from triton.runtime import interpreter
@@ -291,18 +291,18 @@ def main(device):
     """Run every case with memory poisoned; print {case: [did it hold?, what it says]} as JSON."""
     from kvlib.kernels import gpu
 
+    kernels = load("triton")
     gpu.PAGES_PER_PART = 2  # so that short contexts have parts
     if device == "cpu":
         bridge_numpy()
     torch.set_num_threads(1)
-    plain = {name: getattr(torch, name) for name in ("empty", "empty_like")}
-    for name, make in plain.items():
-        setattr(torch, name, lambda *a, make=make, **k: x.fill_(torch.nan) if (x := make(*a, **k)).is_floating_point() else x)
+    for name in ("empty", "empty_like"):
+        setattr(torch, name, poisoned(getattr(torch, name)))
     said = {}
     for seed, (name, (case, *row)) in enumerate(cases(device).items()):
         start = time.perf_counter()
         try:
-            said[name] = [True, case(device, torch.Generator().manual_seed(seed), *row)]
+            said[name] = [True, case(kernels, device, torch.Generator().manual_seed(seed), *row)]
         except Exception:
             said[name] = [False, traceback.format_exc()]
         print(f"{name}: {time.perf_counter() - start:.1f} s, {said[name]}", file=sys.stderr)
@@ -326,9 +326,56 @@ def outcomes():
     return run
 
 
+@pytest.mark.parametrize("case", cases("cpu"))
+def test_numba(monkeypatch, case):
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    if case.startswith("encode-fp16"):
+        pytest.skip("pages of fp16 are encoded by torch on a CPU")
+    run, *row = cases("cpu")[case]
+    run(load("numba"), "cpu", torch.Generator().manual_seed(len(case)), *row)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_numba_gives_the_same_on_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        decode_case(load("numba"), "cpu", torch.Generator().manual_seed(7), "fp32", 32, 4, 1, 1, 70, MIXED, True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numba_refuses_what_has_no_scale(bad):
+    key, value = torch.ones(2, 1, 1, 32, 16)
+    value[0, 0, 3, 2] = bad
+    room = torch.zeros(1, 1, 1, 32 * 2 * 18, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        load("numba").append_int8(key, value, room, 0)
+    slab = torch.zeros(1, PageFormat(4, 16, torch.float32).page_bytes, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="NaN, infinity"):
+        load("numba").encode_pages(key[0], value[0], 4, slab, np.zeros(1, np.int32))
+
+
+def test_backends_are_picked_by_device_and_refused_by_name():
+    assert (pick_backend("auto", "cpu"), pick_backend("torch", "cpu")) == ("numba", "torch")
+    with pytest.raises(ValueError, match="expected one of auto, numba, triton, torch; got 'cuda'"):
+        pick_backend("cuda", "cpu")
+    with pytest.raises(ValueError, match="triton kernels do not run on cpu; use numba or torch"):
+        pick_backend("triton", "cpu")
+
+
+def test_an_absent_backend_is_one_clear_sentence(monkeypatch):
+    monkeypatch.setitem(backend.MODULES, "numba", ("kvlib.kernels.absent",))
+    backend.load.cache_clear()
+    with pytest.raises(ValueError, match="numba is not installed .*install it or use backend='torch'"):
+        pick_backend("auto", "cpu")
+    backend.load.cache_clear()
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 @pytest.mark.parametrize("device, case", [(device, case) for device in ("cpu", "cuda") for case in cases(device)])
-def test_kernel(outcomes, device, case):
+def test_triton(outcomes, device, case):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU here: the interpreter ran the same case")
     holds, says = outcomes(device)[case]
