@@ -24,6 +24,8 @@ from kvlib.kernels.operand import DENSE, PAGE_TOKENS
 class PagedStore:
     """Keys and values of one layer in the pages of a pool, under a recipe. `stores` are those of all layers."""
 
+    materialises = False  # a step's attention reads the pages where they lie
+
     def __init__(self, pool: PagePool, recipe: Recipe, layer: int, n_layers: int, capacity_tokens: int = 0):
         self.pool, self.recipe, self.layer, self.n_layers = pool, recipe, layer, n_layers
         self.capacity_tokens, self.rule = capacity_tokens, RULES.get(recipe.keep)

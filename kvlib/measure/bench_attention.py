@@ -26,8 +26,7 @@ from kvlib.malloc import keep_freed_memory
 from kvlib.measure.clock import milliseconds, spread
 from kvlib.measure.memory import held_bytes
 from kvlib.measure.roofline import measure_ceilings
-from kvlib.model.load import device_name, pick_device
-from kvlib.report.results import sweep
+from kvlib.model.load import device_name, kernels_in_words, pick_device
 
 TORCH_FORMS = ("SDPA fp32", "SDPA bf16", "eager fp32", "eager bf16")
 PAGES = {"pages 16": 16, "pages 8": 8, "pages 4": 4, "pages 2": 2}
@@ -133,11 +132,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--rows", default="all", help="all, missing, or recorded, which only prints")
     parser.add_argument("--layers", type=int, default=24, help="distinct caches per contender")
+    from kvlib.report.results import sweep  # the command alone records; what measures knows nothing of reports
+
     given = parser.parse_args(arguments)
     device = pick_device(given.device)
     allocator = keep_freed_memory()
     about = {"model": "attention only", "weights": "random", "device": device_name(device), "dtype": "mixed"}
-    about |= {"kernels": pick_backend("auto", device), "allocator": allocator, "n_layers": given.layers}
+    about |= {"kernels": kernels_in_words(device), "allocator": allocator, "n_layers": given.layers}
     print(f"{about['device']}; {about['kernels']} kernels; allocator: {allocator}")
     points = [
         dict(heads=h, kv_heads=kv, head_dim=d, context_tokens=t, batch=b) for h, kv, d in SHAPES[device] for t, b in SIZES[device]

@@ -39,7 +39,7 @@ def measure_decode(
     """TTFT of a prompt and TPOT at its end, all methods in one process, taking turns step by step; one row each.
 
     -> method, ttft_ms (of `n_prefills` prompts) and tpot_ms with quartiles, tpot_x (over the first method's, step by step)
-    with quartiles, tokens_per_s over the batch, held_bytes. The prompt is `context_tokens - n_steps` long, so the last step
+    with quartiles, tpot_mean_x (all steps over all of the first's: rare long steps count), tokens_per_s over the batch, held_bytes. The prompt is `context_tokens - n_steps` long, so the last step
     sees `context_tokens`.
     """
     model.check_context(context_tokens)
@@ -65,6 +65,7 @@ def measure_decode(
             **spread(ttft[m], "ttft_ms"),
             **spread(times[m], "tpot_ms"),
             **spread(list(np.array(times[m]) / first), "tpot_x"),
+            "tpot_mean_x": sum(times[m]) / sum(first),
             "tokens_per_s": 1e3 * batch / float(np.median(times[m])),
             "held_bytes": held_bytes(decoders[m].cache),
         }

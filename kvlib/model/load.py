@@ -8,6 +8,7 @@ import os
 import platform
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -17,13 +18,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from kvlib import paths
 from kvlib.cache.attention import attention_backend
+from kvlib.kernels.backend import pick_backend
 from kvlib.model.bundled import RECIPES
 from kvlib.model.corpus import END_OF_TEXT, held_out_text
 from kvlib.spec import ModelSpec
 
 PUBLISHED = {
     "gpt2-medium": dict(model_type="gpt2", n_layer=24, n_embd=1024, n_head=16),
+    "Qwen/Qwen2.5-0.5B": dict(
+        model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
+    ),
 }
+RANDOM = "random:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,6 +67,15 @@ def device_name(device: str) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def kernels_in_words(device: str) -> str:
+    """What attention on codes runs on, and its version; "torch" where there is nothing and pages are dequantised."""
+    try:
+        backend = pick_backend("auto", device)
+    except ValueError:
+        return "torch"
+    return backend if backend == "torch" else f"{backend} {version(backend)}"
 
 
 def build(config: dict) -> PreTrainedModel:
@@ -148,19 +164,25 @@ class Model:
             "device": device_name(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": attention_backend(self.device, self.dtype),
+            "kernels": kernels_in_words(self.device),
         }
 
 
 def open_model(name: str, *, device: str = "auto", dtype: str = "auto", seed: int = 0) -> Model:
     """Find a model by bundled name, local folder, or hub name, and check all that can be checked before long work.
 
-    A name in `PUBLISHED` whose weights cannot be had gets random ones, and says so: good for time and bytes only.
+    A name in `PUBLISHED` whose weights cannot be had gets random ones, and says so: good for time and bytes only. "random:"
+    before the name asks for them.
     Raises ValueError for a missing or corrupt checkpoint, a device or dtype that is not here, or an unknown name.
     """
     device = pick_device(device)
     found = dict(device=device, dtype=pick_dtype(dtype, device), seed=seed)
     if name in RECIPES:
         return Model(name, str(check_bundle(paths.MODELS / name)), "trained-small", **found)
+    if name.startswith(RANDOM):
+        if name.removeprefix(RANDOM) not in PUBLISHED:
+            raise ValueError(f"model_name: expected {RANDOM} before one of {', '.join(PUBLISHED)}; got {name!r}.")
+        return Model(name.removeprefix(RANDOM), None, "random", **found)
     if os.path.sep in name and Path(name).is_dir():
         folder = Path(name)
         if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
