@@ -8,7 +8,7 @@ TRANSFORMERS ?= 5.23.*
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help run smoke test lab lint lock clean
+.PHONY: help run smoke test bench lab lint lock clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -22,6 +22,9 @@ smoke: $(STAMP)  ## run every notebook at its smallest, into a folder of its own
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## attention kernels against torch's, with ratios and percent of the bandwidth (about 4 minutes)
+	$(BIN)/python -m kvlib.measure.bench_attention --profile $(PROFILE)
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab on this machine
 	$(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir notebooks

@@ -38,7 +38,7 @@ def enter_window(store, key: Tensor, value: Tensor) -> None:
     if fresh.any():
         pages[fresh] = pool.allocate(DENSE, int(fresh.sum()) * key.shape[1]).reshape(-1, key.shape[1])
     table.window[everyone, :, column] = pages = pool.own(pages)
-    load(pool.backend).write_tokens(key[:, :, 0], value[:, :, 0], pool.slabs[DENSE], pool.slot[pages], offset)
+    load(pool.backend).write_tokens(key.squeeze(2), value.squeeze(2), pool.slabs[DENSE], pool.slot[pages], offset)
     table.n_seen += 1
 
 
@@ -52,7 +52,7 @@ def file_tokens(store, rows: np.ndarray, key: Tensor, value: Tensor, score: Tens
 
 
 def leave_window(store, rows: np.ndarray, inside: int, key: Tensor, value: Tensor, score: Tensor) -> tuple[int, int]:
-    """File what has to leave: the oldest of the `inside` tokens in the window, and of new ones; -> how many of these, inside."""
+    """File what has to leave: the oldest of the `inside` tokens in the window, and of new ones; -> how many of these, left."""
     table = store.table
     start, end = int(table.start[rows[0]]), int(table.n_seen[rows[0]])
     leaving = max(end // PAGE_TOKENS - store.recipe.window_pages, 0) * PAGE_TOKENS - start

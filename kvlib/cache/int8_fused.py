@@ -92,7 +92,7 @@ class FusedInt8Store:
         if mask is not None:
             visible = mask.new_zeros(len(query), operand.table.shape[2] * PAGE_TOKENS)
             visible[:, : self.length] = mask[:, 0, 0, : self.length]
-        return load(self.backend).decode(query[:, :, 0], operand, scaling, visible)[0][:, :, None]
+        return load(self.backend).decode(query.squeeze(2), operand, scaling, visible)[0].unsqueeze(2)
 
     def forget(self, n_tokens: int) -> None:
         """Drop the newest tokens of every sequence."""

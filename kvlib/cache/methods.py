@@ -79,8 +79,8 @@ def build_cache(
     `layers_per_group` overrides the group of a sharing method; `capacity_tokens` takes the room for that many tokens at
     once, where the length is known, and is the context that a budget's fraction refers to. For paged methods, `pool` lets
     caches share one pool, and fields of `Recipe` override the method's own. `backend` chooses the kernels of methods that
-    have some: "numba" (CPU), "triton" (GPU), "torch" (paged methods: none, dequantise first) or "auto", by device. Raises ValueError for an unknown method,
-    model or option, and for one that does not fit.
+    have some: "numba" (CPU), "triton" (GPU), "torch" (paged methods: none, dequantise first) or "auto", by device. Raises
+    ValueError for an unknown method, model or option, and for one that does not fit.
     """
     method, config = get_method(name), getattr(model, "config", model)
     check_model(config)

@@ -5,6 +5,7 @@ token is filed first, and a kernel reads the pages as they lie there; more are a
 dequantised.
 """
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -57,7 +58,7 @@ class PagedStore:
         this layer, or any, has changed.
         """
         self.pool.open(key)
-        if not torch.isfinite(key.sum(dtype=torch.float32) + value.sum(dtype=torch.float32)):
+        if not math.isfinite(key.sum().item() + value.sum().item()):  # NaN, infinity, or a large sum
             self._refuse_what_is_not_finite(key, value)
         if self.pending is not None:
             self._settle(None, None)  # nobody looked at them
@@ -133,14 +134,14 @@ class PagedStore:
         (key, value), self.pending = self.pending, None
         enter_window(self, key, value)
         counts = self.rule.counts if self.rule and self.rule.needs_votes else None
-        out, votes = self.kernels.decode(query[:, :, 0], self.table.operand(), scaling, votes=counts)
+        out, votes = self.kernels.decode(query.squeeze(2), self.table.operand(), scaling, votes=counts)
         if counts:
             parts = [n * PAGE_TOKENS for n in (self.table.full.shape[-1], 1, self.table.window.shape[-1])]
             count_votes(self, self.rule.shared(votes), np.ones(len(key)), parts)
         for rows in self.table.alike() if (self.table.n_seen % PAGE_TOKENS == 0).any() else ():
             none = key[rows, :, :0]
             leave_window(self, rows, int((self.table.n_seen - self.table.start)[rows[0]]), none, none, none[..., 0].float())
-        return out[:, :, None]
+        return out.unsqueeze(2)
 
     def _settle(self, real: Tensor | None, votes: Tensor | None) -> None:
         """File the pending tokens, those of equally long sequences together; `votes` [B, H_kv, n] for stored and new."""

@@ -15,7 +15,7 @@ KERNELS = ("decode", "append_int8", "encode_pages", "write_tokens", "column_sums
 
 
 def pick_backend(backend: str, device_type: str) -> str:
-    """The backend's name, "auto" resolved by device. Raises ValueError for one that is unknown, absent or for another device."""
+    """The backend's name, "auto" resolved by device. Raises ValueError for one that is unknown or absent."""
     allowed = ("auto", *MODULES, "torch")
     if backend not in allowed:
         raise ValueError(f"backend: expected one of {', '.join(allowed)}; got {backend!r}.")

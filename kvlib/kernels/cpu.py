@@ -7,19 +7,20 @@ Dao et al. 2023).
 
 import functools
 
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
 from kvlib.kernels.cpu_page import add_values, find_pages, form_logits
+from kvlib.kernels.cpu_threads import available_threads, use_threads
 from kvlib.kernels.operand import PAGE_TOKENS, VALUE_GROUP_CHANNELS, Operand
 from kvlib.kernels.vector import BFLOAT16, FLOAT16, FLOAT32, float_from_bits, largest
 
 CHUNK_PAGES = 32  # whose logits are formed at once: 1,024 tokens x 8 heads x 4 bytes lie in the L1 or L2 cache
 MOST_HEADS = 8  # query heads served at once: so many rows of sums fit into registers
 PAGES_AHEAD = 3  # asked for before they are needed
+WORTH_A_THREAD = 2e6  # steps, about 40 us
 PARTS_PER_THREAD = 4  # at least, where the context is long enough
 LOG2_E = float(np.log2(np.e))
 NOTHING = np.float32(-1e30)  # the largest logit so far, before the first
@@ -64,8 +65,9 @@ def soften(logits, n, kept, out, tops, sums):
 
 @njit(fastmath=FAST)
 def attend_part(
-    query, scaling, pages, first, last, kinds, slots, open_column, open_tokens, visible, addresses, kept, out, tops, sums, group, stored, width
-):
+    query, scaling, pages, first, last, kinds, slots, open_column, open_tokens, visible, addresses, kept, out, tops, sums,
+    group, stored, width,
+):  # fmt: skip
     """Columns first to last of one block table: out [group, D] the weighted values, tops and sums [group] their softmax.
 
     Base-2 logits are written to `kept` [group, P x 32], unless that is empty.
@@ -97,7 +99,8 @@ def attend_part(
         for i in range(n):
             if found[i, 1]:
                 weights, ahead = logits.ctypes.data + 4 * i * PAGE_TOKENS, found[min(i + PAGES_AHEAD, n - 1), 3]
-                add_values(found[i, 0], found[i, 3], found[i, 1], ahead, weights, room, scratch, bias, out, group, stored, width)
+                count = found[i, 1]
+                add_values(found[i, 0], found[i, 3], count, ahead, weights, room, scratch, bias, out, group, stored, width)
 
 
 @njit(fastmath=FAST)
@@ -142,12 +145,16 @@ def kernel(group: int, stored: int, width: int):
     """The kernel for `group` query heads at once and rows of `width` channels, where dense numbers are stored as `stored`."""
 
     @njit(parallel=True, cache=True, error_model="numpy")
-    def run(query, scaling, table, kinds, slots, open_column, open_tokens, visible, addresses, n_parts, kept, above_average, out, votes):
+    def run(
+        query, scaling, table, kinds, slots, open_column, open_tokens, visible, addresses, n_parts, kept, above_average, out,
+        votes,
+    ):  # fmt: skip
         n_heads, head_dim = query.shape[1:]
         batch, n_kv_heads, n_columns = table.shape
         n_tiles, per_part = n_heads // (n_kv_heads * group), -(-n_columns // n_parts)
         n_items = batch * n_kv_heads * n_tiles
-        outs, sums = np.empty((n_items, n_parts, group, head_dim), np.float32), np.empty((n_items, n_parts, 2, group), np.float32)
+        outs = np.empty((n_items, n_parts, group, head_dim), np.float32)
+        sums = np.empty((n_items, n_parts, 2, group), np.float32)
         for work in prange(n_items * n_parts):
             item, part = work // n_parts, work % n_parts
             b, tile = item // (n_kv_heads * n_tiles), item % (n_kv_heads * n_tiles)
@@ -155,7 +162,8 @@ def kernel(group: int, stored: int, width: int):
             attend_part(
                 query[b, heads], scaling, table[b, tile // n_tiles], part * per_part, min((part + 1) * per_part, n_columns),
                 kinds, slots, open_column, open_tokens[b], visible[b if visible.size else 0], addresses,
-                kept[b if kept.size else 0, heads], outs[item, part], sums[item, part, 0], sums[item, part, 1], group, stored, width,
+                kept[b if kept.size else 0, heads], outs[item, part], sums[item, part, 0], sums[item, part, 1],
+                group, stored, width,
             )  # fmt: skip
             if n_parts == 1:
                 join_parts(outs[item], sums[item], out[b, heads])
@@ -173,19 +181,15 @@ def kernel(group: int, stored: int, width: int):
 
 
 @functools.cache
-def use_threads(n: int) -> int:
-    """Work on so many threads, as torch does, or on as many as numba has; how many those are."""
-    use_threads.cache_clear()  # only the latest call counts
-    threads = min(n, numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(threads)
-    return threads
+def plan(n_items: int, n_columns: int, head_dim: int, group: int, torch_threads: int) -> tuple[int, int]:
+    """-> threads, and parts into which each item's columns are cut, so that all threads have about equally much to do.
 
-
-@functools.cache
-def plan(n_items: int, n_columns: int, threads: int) -> int:
-    """Parts into which each item's columns are cut, so that all threads have about equally much to do."""
+    One thread does little work sooner than it wakes another, for whose core torch's own idle threads compete.
+    """
+    steps = n_items * n_columns * head_dim * PAGE_TOKENS * (2 + group)  # codes converted, codes multiplied
+    threads = torch_threads if steps > WORTH_A_THREAD else 1
     uneven = n_items % threads and n_items < PARTS_PER_THREAD * threads
-    return min(-(-PARTS_PER_THREAD * threads // n_items), n_columns) if uneven else 1
+    return threads, min(-(-PARTS_PER_THREAD * threads // n_items), n_columns) if uneven else 1
 
 
 def decode(
@@ -200,13 +204,14 @@ def decode(
     (batch, n_heads, head_dim), (n_kv_heads, n_columns) = query.shape, operand.table.shape[1:]
     group, room = n_heads // n_kv_heads, n_columns * PAGE_TOKENS
     tile = group if group <= MOST_HEADS else max(n for n in range(1, MOST_HEADS + 1) if group % n == 0)
-    n_parts = plan(batch * n_heads // tile, n_columns, use_threads(torch.get_num_threads()))
+    threads, n_parts = plan(batch * n_heads // tile, n_columns, head_dim, tile, available_threads())
+    use_threads(threads)
     kept = np.empty((batch, n_heads, room), np.float32) if votes else NO_LOGITS
     counted = np.empty((batch, n_kv_heads, room), np.float32) if votes else NO_LOGITS
-    out = torch.empty(query.shape)
+    out = np.empty(query.shape, np.float32)
     kernel(tile, STORED[operand.dtype], min(head_dim, VALUE_GROUP_CHANNELS))(
         query.float().contiguous().numpy(), np.float32(scaling * LOG2_E), operand.table, operand.kinds, operand.slots,
         operand.open_column, operand.open_tokens, NO_MASK if visible is None else visible.numpy(), operand.addresses,
-        n_parts, kept, votes == "above_average", out.numpy(), counted,
+        n_parts, kept, votes == "above_average", out, counted,
     )  # fmt: skip
-    return out.to(query.dtype), torch.from_numpy(counted) if votes else None
+    return torch.from_numpy(out).to(query.dtype), torch.from_numpy(counted) if votes else None

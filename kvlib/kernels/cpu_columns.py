@@ -6,6 +6,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from kvlib.kernels.cpu import FAST, LOG2_E, exp2
+from kvlib.kernels.cpu_threads import available_threads, use_threads
 from kvlib.kernels.vector import largest
 
 QUERIES_AT_ONCE = 64
@@ -47,6 +48,7 @@ def column_sums(query: Tensor, key: Tensor, scaling: float, lse: Tensor | None =
     batch, n_heads, n_queries, head_dim = query.shape
     n_kv_heads, n_keys = key.shape[1:3]
     shape = batch * n_kv_heads, n_heads // n_kv_heads
+    use_threads(available_threads())
     sums = torch.zeros(batch * n_kv_heads, n_keys)
     norms = torch.full((*shape, n_queries), torch.nan) if lse is None else lse.reshape(*shape, -1) * LOG2_E
     rows, keys = query.float().reshape(*shape, n_queries, head_dim), key.float().reshape(shape[0], n_keys, head_dim)

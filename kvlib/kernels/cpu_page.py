@@ -1,4 +1,4 @@
-"""One page on a CPU: the logits of its keys, and its values, weighted. Addresses instead of arrays, codes never leave registers."""
+"""One page on a CPU: the logits of its keys, and its values, weighted. Decoded numbers never leave registers."""
 
 import numpy as np
 from numba import literally, njit
@@ -22,7 +22,7 @@ def half_bytes(row, head_dim, item, width):
 
 @njit
 def form_logits(row, page, ahead, query, scratch, bias, out, stride, group, stored, width):
-    """out [group, 32] = the logits of the keys at address `page`. `query` [group, D] is scaled, `scratch` as large or larger."""
+    """out [group, 32] = the logits of the keys at address `page`. `query` [group, D] is scaled, `scratch` no smaller."""
     group, stored, width = literally(group), literally(stored), literally(width)
     head_dim, wide, item = query.shape[1], scratch.shape[1], stored // 16 * 2
     left, folded, sums = query.ctypes.data, scratch.ctypes.data, bias.ctypes.data

@@ -5,8 +5,10 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from kvlib.kernels.cpu_threads import available_threads, use_threads
 from kvlib.kernels.operand import PAGE_TOKENS, VALUE_GROUP_CHANNELS
 
+WORTH_A_THREAD = 16_000  # numbers, about 40 us
 SMALLEST_SCALE = np.uint16(0x0080)  # the bits of the smallest normal bfloat16
 
 
@@ -156,6 +158,7 @@ def encode_pages(key: Tensor, value: Tensor, bits: int, slab: Tensor, slots: np.
 
     The zero is kept in the dtype of the keys, fp32 or bf16. Raises ValueError, with the pages spoilt, for what has no scale.
     """
+    use_threads(available_threads() if key.numel() > WORTH_A_THREAD else 1)
     if _encode_pages(as_float32(key), as_float32(value), bits, key.dtype.itemsize, slab.numpy(), slots):
         raise ValueError("encode_pages: x holds NaN, infinity or a range beyond fp32; look at what the model computed.")
 
@@ -166,6 +169,7 @@ def append_int8(key: Tensor, value: Tensor, room: Tensor, at: int | Tensor) -> N
     room: uint8 [B, H_kv, pages, page bytes], pages of the kind PER_TOKEN. Raises ValueError unless all numbers are finite.
     """
     starts = at.numpy() if isinstance(at, Tensor) else np.full(len(key), at)
+    use_threads(available_threads() if key.numel() > WORTH_A_THREAD else 1)
     if _append_int8(as_float32(key), as_float32(value), room.numpy(), starts):
         raise ValueError("append_int8: the keys or values hold NaN or infinity; look at what the model computed.")
 

@@ -189,7 +189,8 @@ def prefetch(typing, address, n_bytes):
 
     def emit(context, builder, signature, arguments):
         address, n_bytes = arguments
-        with cgutils.for_range(builder, builder.sdiv(builder.add(n_bytes, I64(LINE_BYTES - 1)), I64(LINE_BYTES)), intp=I64) as loop:
+        n_lines = builder.sdiv(builder.add(n_bytes, I64(LINE_BYTES - 1)), I64(LINE_BYTES))
+        with cgutils.for_range(builder, n_lines, intp=I64) as loop:
             ask_for(builder, builder.add(address, scaled(builder, LINE_BYTES, loop.index)), 0)
         return context.get_dummy_value()
 

@@ -79,7 +79,8 @@ def contenders(
             for begin, end in ((0, context_tokens - 1), (context_tokens - 1, context_tokens)):  # the last waits to be filed
                 store.append(key[:, :, begin:end], value[:, :, begin:end])
         tables = [store.table for store in stores]
-        found[name] = Contender(lambda i, tables=tables: decode(query16, tables[i].operand(), scaling), held_bytes([pool, tables]))
+        run = lambda i, tables=tables: decode(query16, tables[i].operand(), scaling)  # noqa: E731
+        found[name] = Contender(run, held_bytes([pool, tables]))
     return found
 
 
@@ -91,10 +92,10 @@ def eager(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
 def measure_attention(
     heads: int, kv_heads: int, head_dim: int, context_tokens: int, batch: int, device: str, n_layers: int = 24, rounds: int = 15
 ) -> list[dict]:
-    """One row per contender: layer_ms, sdpa_fp32_x and strongest_x (how much faster), with quartiles over the rounds, bytes read.
+    """One row per contender: layer_ms, how much faster that is than torch's forms, and bytes read.
 
-    The strongest torch form is the one with the smallest median. `bandwidth_percent`: bytes per second over the ceiling
-    measured in this very run.
+    sdpa_fp32_x and strongest_x are ratios of times, taken round by round, with quartiles. The strongest torch form is the
+    one with the smallest median. `bandwidth_percent`: bytes per second over the ceiling measured in this very run.
     """
     ceiling = measure_ceilings(device, torch.float32)["bandwidth_bytes_per_s"]
     found, times = contenders(heads, kv_heads, head_dim, context_tokens, batch, n_layers, device), {}
@@ -141,7 +142,9 @@ def main(arguments: list[str]) -> None:
     about |= {"kernels": kernels_in_words(device), "allocator": allocator, "n_layers": given.layers}
     print(f"{about['device']}; {about['kernels']} kernels; allocator: {allocator}")
     points = [
-        dict(heads=h, kv_heads=kv, head_dim=d, context_tokens=t, batch=b) for h, kv, d in SHAPES[device] for t, b in SIZES[device]
+        dict(heads=h, kv_heads=kv, head_dim=d, context_tokens=t, batch=b)
+        for h, kv, d in SHAPES[device]
+        for t, b in SIZES[device]
     ]
     for point in points:
         rows = sweep(

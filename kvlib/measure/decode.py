@@ -39,8 +39,8 @@ def measure_decode(
     """TTFT of a prompt and TPOT at its end, all methods in one process, taking turns step by step; one row each.
 
     -> method, ttft_ms (of `n_prefills` prompts) and tpot_ms with quartiles, tpot_x (over the first method's, step by step)
-    with quartiles, tpot_mean_x (all steps over all of the first's: rare long steps count), tokens_per_s over the batch, held_bytes. The prompt is `context_tokens - n_steps` long, so the last step
-    sees `context_tokens`.
+    with quartiles, tpot_mean_x (all steps over all of the first's: rare long steps count), tokens_per_s over the batch,
+    held_bytes. The prompt is `context_tokens - n_steps` long, so the last step sees `context_tokens`.
     """
     model.check_context(context_tokens)
     if n_steps >= context_tokens:
