@@ -52,10 +52,13 @@ def tokens(t: int, seed: int = 0, spread: float = 1.0) -> tuple[torch.Tensor, to
     return query * spread, key, value
 
 
-def feed(store: PagedStore, sequence, pieces: list[int], mask: torch.Tensor | None = None) -> None:
+def feed(store: PagedStore, sequence, pieces: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
+    """What attention returns for the queries, [B, H, t, D]."""
+    out = []
     for query, key, value in zip(*(x.split(pieces, 2) for x in sequence)):
         store.append(key, value)
-        store.attend(query, mask, SCALING)
+        out.append(store.attend(query, mask, SCALING))
+    return torch.cat(out, 2)
 
 
 def chunks(t: int, size: int) -> list[int]:
@@ -68,6 +71,23 @@ def kept(store: PagedStore, row: int = 0) -> list[list[int]]:
     positions = value[row, ..., 0].long()
     exists = torch.ones_like(positions, dtype=torch.bool) if exists is None else exists[row]
     return [sorted(head[there].tolist()) for head, there in zip(positions, exists)]
+
+
+@pytest.mark.parametrize("tiers", [((16, 1.0),), ((4, 0.5), (2, 0.5))], ids=["dense", "tiers"])
+@pytest.mark.parametrize("name", [None, *RULES])
+def test_kernels_keep_and_compute_what_torch_does(name, tiers):
+    query, key, value = tokens(300, seed=11, spread=2.0)
+    sequence, out, found = (query, key, value / 300), {}, {}  # values of about 1
+    recipe = Recipe(name, 160, tiers=tiers) if name else Recipe(tiers=((tiers[0][0], 1.0),))
+    for backend in ("torch", "numba"):
+        [store] = paged_stores(recipe, PagePool(HEAD_DIM, backend=backend), 1, 0)
+        out[backend], found[backend] = feed(store, sequence, [90] + [1] * 210), store
+    # 300 terms of about 1, each rounded a few times in fp32 (2^-24) and weighted by softmax weights that sum to 1
+    torch.testing.assert_close(out["numba"], out["torch"], rtol=0, atol=2e-5)
+    for ours, theirs in zip(found["numba"].table.read(), found["torch"].table.read()):
+        assert (ours is None and theirs is None) or ours.equal(theirs)
+    for part, scores in found["numba"].table.scores.items():
+        torch.testing.assert_close(scores, found["torch"].table.scores[part], rtol=1e-4, atol=1e-6)
 
 
 def brute_force_weights(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from kvlib import spec
 from kvlib.cache.attention import attention_through_cache
 from kvlib.cache.methods import METHODS
 from kvlib.measure import capacity, errors, quality, retrieval
+from kvlib.measure.bench_attention import PAGES, TORCH_FORMS, contenders, measure_attention
 from kvlib.measure.decode import measure_decode, measure_generation
 from kvlib.measure.decoder import Decoder, prompt_ids
 from kvlib.measure.mass import log_mass, measure_mass
@@ -194,3 +195,29 @@ def test_the_roofline_floor_is_the_larger_of_two_times(tiny_gpt2):
     few, many = (spec.fewest_step_ms(tiny_gpt2.spec, "v1", 1, 512, 1e12, b) for b in (1e9, 1e15))
     assert few == pytest.approx(1e3 * spec.decode_step_bytes(tiny_gpt2.spec, "v1", 1, 512) / 1e9)
     assert many == pytest.approx(1e3 * spec.decode_step_flops(tiny_gpt2.spec, "v1", 1, 512) / 1e12)
+
+
+def test_all_contenders_attend_to_the_same_keys():
+    found = contenders(heads=4, kv_heads=2, head_dim=16, context_tokens=160, batch=2, n_layers=2, device="cpu")
+    outputs = {}
+    for name, contender in found.items():
+        out = contender.run(1)
+        outputs[name] = (out[0] if isinstance(out, tuple) else out).float().reshape(2, 4, 16)
+    # One key in 160 is missing from pages; a step of 2 bits is a third of the range of 32 normal numbers, about 1.3.
+    for name, largest_error in {"bf16": 0.02, "v2": 0.02, "16": 0.05, "8": 0.05, "4": 0.15, "2": 0.5}.items():
+        for contender in (c for c in outputs if c.endswith(name) or c.startswith(name)):
+            error = (outputs[contender] - outputs["SDPA fp32"]).abs().max()
+            assert 0 < error < largest_error, contender
+    sizes = [found[f"pages {bits}"].n_bytes for bits in PAGES.values()]
+    assert sizes == sorted(sizes, reverse=True) and found["v2-fused"].n_bytes == found["v2 in Python"].n_bytes
+
+
+def test_attention_rows_are_ratios_to_the_strongest_torch_form():
+    rows = measure_attention(2, 2, 16, 64, 1, "cpu", n_layers=2, rounds=3)
+    by_name = {row["contender"]: row for row in rows}
+    strongest = {row["strongest"] for row in rows}
+    assert len(strongest) == 1 and strongest < set(TORCH_FORMS)
+    assert by_name["SDPA fp32"]["sdpa_fp32_x"] == by_name[strongest.pop()]["strongest_x"] == 1
+    for row in rows:
+        assert row["layer_ms_low"] <= row["layer_ms"] <= row["layer_ms_high"]
+        assert math.isclose(row["bandwidth_percent"], 100 * row["bytes_per_s"] / row["bandwidth_bytes_per_s"])

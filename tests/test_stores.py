@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kvlib.cache.attention import dense_attention
 from kvlib.cache.buffer import TokenBuffer
 from kvlib.cache.int8 import NaiveInt8Store
+from kvlib.cache.int8_fused import FusedInt8Store
 from kvlib.cache.quant import dequantize_int8, quantize_int8
 from kvlib.cache.sharing import adjacent_groups
 from kvlib.kernels.reference import reference_attention
@@ -53,6 +54,32 @@ def test_int8_store_keeps_codes_not_numbers():
     for x, read in zip((key, value), store.read()):
         whole = dequantize_int8(*quantize_int8(x, -1), x.dtype)
         torch.testing.assert_close(read, whole, rtol=0, atol=0)  # head by head equals all at once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_fused_int8_is_the_naive_store_without_its_copy(head_dim, dtype):
+    naive, fused = NaiveInt8Store(), FusedInt8Store()
+    for n in (70, 1, 1, 40):
+        key, value = torch.randn(2, 2, 3, n, head_dim).to(dtype)
+        naive.append(key, value), fused.append(key, value)
+    query, mask = torch.randn(2, 6, 1, head_dim).to(dtype), torch.rand(2, 1, 1, 112) < 0.8
+    for change in (lambda store: None, lambda store: store.forget(50), lambda store: store.select(torch.tensor([1, 1, 0]))):
+        change(naive), change(fused)
+        batch, n = fused.batch, fused.length
+        assert all(ours.equal(theirs) for ours, theirs in zip(fused.read(), naive.read()))
+        for visible in (None, mask[[0, 1, 0][:batch], ..., :n]):
+            ours, theirs = (x.attend(query[[0, 1, 0][:batch]], visible, 0.2) for x in (fused, naive))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if dtype == torch.float32 else 2**-6)
+
+
+def test_fused_int8_refuses_nan_and_forgets_nothing_by_it():
+    store = FusedInt8Store()
+    store.append(*torch.randn(2, 1, 2, 5, 16))
+    before = [x.clone() for x in store.read()]
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        store.append(*torch.full((2, 1, 2, 1, 16), float("nan")))
+    assert store.length == 5 and all(x.equal(y) for x, y in zip(store.read(), before))
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,13 +5,12 @@ precision; its number stays when it moves to another slot. Full pages never chan
 page and releases the old one, so whoever shares it sees nothing.
 """
 
-import hashlib
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvlib.cache.kivi import PRECISIONS, PageFormat
+from kvlib.cache.prefix import chained_digests
 from kvlib.kernels.backend import load, pick_backend
 from kvlib.kernels.operand import DENSE, PAGE_TOKENS
 
@@ -172,10 +171,19 @@ class PagePool:
     def _slots(self, pages: np.ndarray) -> Tensor:
         return torch.from_numpy(self.slot[pages].astype(np.int64)).to(self.device)
 
-    def _write_full(self, bits: int, pages: np.ndarray, key: Tensor, value: Tensor) -> None:
+    def _store_new(self, bits: int, key: Tensor, value: Tensor) -> np.ndarray:
         if bits == DENSE or self.backend == "torch" or key.dtype == torch.float16:
-            return self._fill(bits, pages, self.formats[bits].encode(key, value))
-        load(self.backend).encode_pages(key, value, bits, self.slabs[bits], self.slot[pages])
+            tensors = self.formats[bits].encode(key, value)
+            pages = self.allocate(bits, len(key))
+            self._fill(bits, pages, tensors)
+            return pages
+        pages = self.allocate(bits, len(key))
+        try:
+            load(self.backend).encode_pages(key, value, bits, self.slabs[bits], self.slot[pages])
+        except ValueError:
+            self.release(pages)
+            raise
+        return pages
 
     def _fill(self, bits: int, pages: np.ndarray, tensors: list[Tensor]) -> None:
         for field, tensor in zip(self.formats[bits].views(self.slabs[bits]), tensors):
@@ -187,23 +195,11 @@ class PagePool:
         They form chains of equal length, one behind the other; `parents` are the pages before each chain's first, if any.
         """
         if self.salt is None:
-            pages = self.allocate(bits, len(key))
-            try:
-                self._write_full(bits, pages, key, value)
-            except ValueError:
-                self.release(pages)
-                raise
-            return pages
+            return self._store_new(bits, key, value)
         tensors = self.formats[bits].encode(key, value)
         parents = np.full(len(key), NO_PAGE) if parents is None else parents
-        raw = [tensor.contiguous().view(len(key), -1).view(torch.uint8).cpu().numpy() for tensor in tensors]
-        digests, chain_pages = [], len(key) // max(len(parents), 1)
-        for i in range(len(key)):
-            above = digests[-1] if i % chain_pages else self.digest.get(int(parents[i // chain_pages]), b"")
-            chain = hashlib.blake2b(self.salt + bytes([bits]) + above, digest_size=16)
-            for field in raw:
-                chain.update(field[i])
-            digests.append(chain.digest())
+        above = [self.digest.get(parent, b"") for parent in parents.tolist()]
+        digests = chained_digests(self.salt + bytes([bits]), tensors, above)
         new = list(dict.fromkeys(digest for digest in digests if digest not in self.known))
         made = self.allocate(bits, len(new))
         if new:

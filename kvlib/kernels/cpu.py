@@ -6,12 +6,15 @@ Dao et al. 2023).
 """
 
 import functools
+import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
+from kvlib.kernels import cpu_page, operand, vector
 from kvlib.kernels.cpu_page import add_values, find_pages, form_logits
 from kvlib.kernels.cpu_threads import available_threads, use_threads
 from kvlib.kernels.operand import PAGE_TOKENS, VALUE_GROUP_CHANNELS, Operand
@@ -26,6 +29,7 @@ LOG2_E = float(np.log2(np.e))
 NOTHING = np.float32(-1e30)  # the largest logit so far, before the first
 STORED = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 NO_MASK, NO_LOGITS = np.empty((1, 0), np.bool_), np.empty((1, 0, 0), np.float32)
+SOURCES = zlib.crc32(b"".join(Path(module.__file__).read_bytes() for module in (cpu_page, operand, vector)))
 FAST = {"contract", "reassoc", "nsz", "arcp"}  # but infinities stay what they are
 
 
@@ -144,11 +148,14 @@ def add_votes(logits, norms, above_average, votes):
 def kernel(group: int, stored: int, width: int):
     """The kernel for `group` query heads at once and rows of `width` channels, where dense numbers are stored as `stored`."""
 
+    sources = SOURCES  # numba compiles anew if this file has changed; by this number, also if one that it calls has
+
     @njit(parallel=True, cache=True, error_model="numpy")
     def run(
         query, scaling, table, kinds, slots, open_column, open_tokens, visible, addresses, n_parts, kept, above_average, out,
         votes,
     ):  # fmt: skip
+        _ = sources
         n_heads, head_dim = query.shape[1:]
         batch, n_kv_heads, n_columns = table.shape
         n_tiles, per_part = n_heads // (n_kv_heads * group), -(-n_columns // n_parts)

@@ -1,11 +1,16 @@
 """How much attention each key got in a prefill, for CPUs: torch multiplies, numba turns blocks of logits into sums."""
 
+import functools
+import zlib
+from pathlib import Path
+
 import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
-from kvlib.kernels.cpu import FAST, LOG2_E, exp2
+from kvlib.kernels import cpu
+from kvlib.kernels.cpu import FAST, LOG2_E, SOURCES, exp2
 from kvlib.kernels.cpu_threads import available_threads, use_threads
 from kvlib.kernels.vector import largest
 
@@ -29,14 +34,21 @@ def add_row(logits, factor, norm, sums):
         sums[i] += exp2(min(logits[i] * factor - norm, np.float32(0)))
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
-def add_columns(logits, factor, norms, n_seen, sums):
-    """Logits [items, group, m, n] of m queries, the first of which sees `n_seen` keys, into sums [items, n]."""
-    for item in prange(len(logits)):
-        for g in range(logits.shape[1]):
-            for m in range(logits.shape[2]):
-                seen = n_seen + m
-                add_row(logits[item, g, m, :seen], factor, norms[item, g, m], sums[item, :seen])
+@functools.cache
+def kernel():
+    """Adds logits [items, group, m, n] of m queries, the first of which sees `n_seen` keys, to sums [items, n]."""
+    sources = SOURCES + zlib.crc32(Path(cpu.__file__).read_bytes())  # what is called lies elsewhere: see cpu.py
+
+    @njit(parallel=True, cache=True, error_model="numpy")
+    def add_columns(logits, factor, norms, n_seen, sums):
+        _ = sources
+        for item in prange(len(logits)):
+            for g in range(logits.shape[1]):
+                for m in range(logits.shape[2]):
+                    seen = n_seen + m
+                    add_row(logits[item, g, m, :seen], factor, norms[item, g, m], sums[item, :seen])
+
+    return add_columns
 
 
 def column_sums(query: Tensor, key: Tensor, scaling: float, lse: Tensor | None = None) -> Tensor:
@@ -58,5 +70,5 @@ def column_sums(query: Tensor, key: Tensor, scaling: float, lse: Tensor | None =
         logits = (part.flatten(1, 2) @ keys[:, :n_seen].mT).view(*shape, -1, n_seen)
         first = n_keys - n_queries + begin + 1
         norm = norms[:, :, begin : begin + QUERIES_AT_ONCE].contiguous()
-        add_columns(logits.numpy(), np.float32(scaling * LOG2_E), norm.numpy(), first, sums.numpy())
+        kernel()(logits.numpy(), np.float32(scaling * LOG2_E), norm.numpy(), first, sums.numpy())
     return sums.view(batch, n_kv_heads, n_keys)
