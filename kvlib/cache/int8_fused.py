@@ -79,10 +79,8 @@ class FusedInt8Store:
         """The room as the kernels see it: a slab of pages in the order of their numbers."""
         batch, n_heads, n_pages, page_bytes = self.room.shape
         kinds, numbers = one_kind(PER_TOKEN, batch * n_heads * n_pages)
-        used = -(-self.length // PAGE_TOKENS)
-        table = numbers.reshape(batch, n_heads, n_pages)[:, :, :used]
-        length = np.full(batch, self.length)
-        return Operand({PER_TOKEN: self.room.view(-1, page_bytes)}, self.dtype, table, kinds, numbers, 0, length)
+        slabs, table = {PER_TOKEN: self.room.view(-1, page_bytes)}, numbers.reshape(batch, n_heads, n_pages)
+        return Operand(slabs, self.dtype, table, kinds, numbers, 0, np.full(batch, self.length))
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """query [B, H, t, D] -> [B, H, t, D] over everything stored; the kernel serves t = 1, more queries dequantise once."""

@@ -110,7 +110,7 @@ class PagePool:
             if room < self.room(bits):
                 slots = torch.from_numpy(self.slot[live].astype(np.int64)).to(self.device)
                 fresh = self.slabs[bits].new_zeros(room, self.slabs[bits].shape[1])
-                fresh[: len(live)] = self.slabs[bits][slots]
+                fresh[: len(live)] = self.slabs[bits].index_select(0, slots)
                 self.slabs[bits], self.slot[live] = fresh, np.arange(len(live))
                 self.free_slots[bits] = list(range(room - 1, len(live) - 1, -1))
 
@@ -187,7 +187,7 @@ class PagePool:
 
     def _fill(self, bits: int, pages: np.ndarray, tensors: list[Tensor]) -> None:
         for field, tensor in zip(self.formats[bits].views(self.slabs[bits]), tensors):
-            field[self._slots(pages)] = tensor
+            field.index_copy_(0, self._slots(pages), tensor)
 
     def store(self, bits: int, key: Tensor, value: Tensor, parents: np.ndarray | None = None) -> np.ndarray:
         """Full pages of keys and values [n, 32, D] -> their numbers [n].
@@ -216,7 +216,8 @@ class PagePool:
         shared = self.references[pages] > 1
         if shared.any():
             copies = self.allocate(DENSE, int(shared.sum()))
-            self.slabs[DENSE][self._slots(copies)] = self.slabs[DENSE][self._slots(pages[shared])]
+            originals = self.slabs[DENSE].index_select(0, self._slots(pages[shared]))
+            self.slabs[DENSE].index_copy_(0, self._slots(copies), originals)
             self.release(pages[shared])
             pages = pages.copy()
             pages[shared] = copies
@@ -231,7 +232,7 @@ class PagePool:
         values[slots, :, offsets] = value.unflatten(-1, values.shape[1::2])
 
     def _decoded(self, bits: int, pages: np.ndarray) -> tuple[Tensor, Tensor]:
-        return self.formats[bits].decode(self.formats[bits].views(self.slabs[bits][self._slots(pages)]))
+        return self.formats[bits].decode(self.formats[bits].views(self.slabs[bits].index_select(0, self._slots(pages))))
 
     def read(self, pages: np.ndarray) -> tuple[Tensor, Tensor]:
         """Keys and values [..., 32, D] of pages [...] of any precisions; for NO_PAGE what another of them holds."""
