@@ -203,11 +203,12 @@ def test_all_contenders_attend_to_the_same_keys():
     for name, contender in found.items():
         out = contender.run(1)
         outputs[name] = (out[0] if isinstance(out, tuple) else out).float().reshape(2, 4, 16)
-    # One key in 160 is missing from pages; a step of 2 bits is a third of the range of 32 normal numbers, about 1.3.
-    for name, largest_error in {"bf16": 0.02, "v2": 0.02, "16": 0.05, "8": 0.05, "4": 0.15, "2": 0.5}.items():
-        for contender in (c for c in outputs if c.endswith(name) or c.startswith(name)):
-            error = (outputs[contender] - outputs["SDPA fp32"]).abs().max()
-            assert 0 < error < largest_error, contender
+    close = {"SDPA bf16": 0.02, "eager fp32": 1e-5, "eager bf16": 0.02, "v2 in Python": 0.02, "v2-fused": 0.02, "pages 16": 0.3}
+    for name, largest_error in close.items():  # one key in 160 is missing from pages, whose weight may be a tenth
+        assert (outputs[name] - outputs["SDPA fp32"]).abs().max() < largest_error, name
+    # A step is the range of 32 normal numbers, about 4, over 2^bits - 1; half of it, in keys and values, is the error.
+    for name, largest_error in {"pages 8": 0.02, "pages 4": 0.15, "pages 2": 0.7}.items():
+        assert 0 < (outputs[name] - outputs["pages 16"]).abs().max() < largest_error, name
     sizes = [found[f"pages {bits}"].n_bytes for bits in PAGES.values()]
     assert sizes == sorted(sizes, reverse=True) and found["v2-fused"].n_bytes == found["v2 in Python"].n_bytes
 
