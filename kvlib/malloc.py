@@ -8,8 +8,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> str:
     """Have glibc keep big freed blocks instead of unmapping them, and say what is so now.
 
-    Otherwise every temporary of over 32 MiB is mapped anew and page-faulted in at every step: a third of a training step, and
-    most of the time of whatever concatenates a cache.
+    Otherwise big temporaries are mapped anew, and page-faulted in, whenever they are made: a third of a training step (LOG.md).
     """
     try:
         libc = ctypes.CDLL(None)
