@@ -172,7 +172,7 @@ class PagePool:
         return torch.from_numpy(self.slot[pages].astype(np.int64)).to(self.device)
 
     def _store_new(self, bits: int, key: Tensor, value: Tensor) -> np.ndarray:
-        if bits == DENSE or self.backend == "torch" or key.dtype == torch.float16:
+        if bits == DENSE or self.backend == "torch":
             tensors = self.formats[bits].encode(key, value)
             pages = self.allocate(bits, len(key))
             self._fill(bits, pages, tensors)

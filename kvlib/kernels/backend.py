@@ -5,13 +5,10 @@ import importlib
 from types import SimpleNamespace
 
 BACKENDS = {"cpu": "numba", "cuda": "triton"}
-MODULES = {  # decode; append_int8, encode_pages and write_tokens; column_sums
-    "numba": ("kvlib.kernels.cpu", "kvlib.kernels.cpu_write", "kvlib.kernels.cpu_columns"),
-    "triton": ("kvlib.kernels.gpu", "kvlib.kernels.gpu_write", "kvlib.kernels.gpu_columns"),
-}
-
-
-KERNELS = ("decode", "append_int8", "encode_pages", "write_tokens", "column_sums")
+MODULES = {"numba": "kvlib.kernels.cpu", "triton": "kvlib.kernels.gpu"}
+KERNELS = {  # where each lies, behind the module's name
+    "decode": "", "append_int8": "_write", "encode_pages": "_write", "write_tokens": "_write", "column_sums": "_columns",
+}  # fmt: skip
 
 
 def pick_backend(backend: str, device_type: str) -> str:
@@ -33,6 +30,6 @@ def pick_backend(backend: str, device_type: str) -> str:
 
 @functools.cache
 def load(backend: str) -> SimpleNamespace:
-    """The kernels of a backend, by name. Raises ImportError where it is not installed."""
-    modules = [importlib.import_module(name) for name in MODULES[backend]]
-    return SimpleNamespace(**{name: getattr(module, name) for module in modules for name in KERNELS if hasattr(module, name)})
+    """The KERNELS of a backend. Raises ImportError where it is not installed."""
+    modules = {kernel: importlib.import_module(MODULES[backend] + where) for kernel, where in KERNELS.items()}
+    return SimpleNamespace(**{kernel: getattr(module, kernel) for kernel, module in modules.items()})

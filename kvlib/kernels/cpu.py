@@ -16,14 +16,13 @@ from torch import Tensor
 
 from kvlib.kernels import cpu_page, operand, vector
 from kvlib.kernels.cpu_page import add_values, find_pages, form_logits
-from kvlib.kernels.cpu_threads import available_threads, use_threads
+from kvlib.kernels.cpu_threads import threads_for, use_threads
 from kvlib.kernels.operand import PAGE_TOKENS, VALUE_GROUP_CHANNELS, Operand
 from kvlib.kernels.vector import BFLOAT16, FLOAT16, FLOAT32, float_from_bits, largest
 
 CHUNK_PAGES = 32  # whose logits are formed at once: 1,024 tokens x 8 heads x 4 bytes lie in the L1 or L2 cache
 MOST_HEADS = 8  # query heads served at once: so many rows of sums fit into registers
 PAGES_AHEAD = 3  # asked for before they are needed
-WORTH_A_THREAD = 2e6  # steps, about 40 us
 PARTS_PER_THREAD = 4  # at least, where the context is long enough
 LOG2_E = float(np.log2(np.e))
 NOTHING = np.float32(-1e30)  # the largest logit so far, before the first
@@ -187,31 +186,21 @@ def kernel(group: int, stored: int, width: int):
     return run
 
 
-@functools.cache
-def plan(n_items: int, n_columns: int, head_dim: int, group: int, torch_threads: int) -> tuple[int, int]:
-    """-> threads, and parts into which each item's columns are cut, so that all threads have about equally much to do.
-
-    One thread does little work sooner than it wakes another, for whose core torch's own idle threads compete.
-    """
-    steps = n_items * n_columns * head_dim * PAGE_TOKENS * (2 + group)  # codes converted, codes multiplied
-    threads = torch_threads if steps > WORTH_A_THREAD else 1
+def count_parts(n_items: int, n_columns: int, threads: int) -> int:
+    """Parts into which each item's columns are cut, so that all threads have about equally much to do."""
     uneven = n_items % threads and n_items < PARTS_PER_THREAD * threads
-    return threads, min(-(-PARTS_PER_THREAD * threads // n_items), n_columns) if uneven else 1
+    return min(-(-PARTS_PER_THREAD * threads // n_items), n_columns) if uneven else 1
 
 
 def decode(
     query: Tensor, operand: Operand, scaling: float, visible: Tensor | None = None, votes: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one new query per head, [B, H, D], over all tokens of an operand -> [B, H, D] in the query's dtype.
-
-    `visible` bool [B, 32 P] hides tokens. `votes` asks for what keep rules count, [B, H_kv, 32 P] fp32, without another
-    pass over the keys: "weights", the attention weights added up over the query heads of a KV head, or "above_average", how
-    many of them are above the average of those in sight. Absent tokens get 0, and so does a query that sees no token.
-    """
+    """Attention of one new query per head over all tokens of an operand, as operand.py defines it; and the votes, if any."""
     (batch, n_heads, head_dim), (n_kv_heads, n_columns) = query.shape, operand.table.shape[1:]
     group, room = n_heads // n_kv_heads, n_columns * PAGE_TOKENS
     tile = group if group <= MOST_HEADS else max(n for n in range(1, MOST_HEADS + 1) if group % n == 0)
-    threads, n_parts = plan(batch * n_heads // tile, n_columns, head_dim, tile, available_threads())
+    n_items = batch * n_heads // tile
+    threads = threads_for(n_items * room * head_dim * (2 + tile))  # numbers converted, and multiplied by so many queries
     use_threads(threads)
     kept = np.empty((batch, n_heads, room), np.float32) if votes else NO_LOGITS
     counted = np.empty((batch, n_kv_heads, room), np.float32) if votes else NO_LOGITS
@@ -219,6 +208,6 @@ def decode(
     kernel(tile, STORED[operand.dtype], min(head_dim, VALUE_GROUP_CHANNELS))(
         query.float().contiguous().numpy(), np.float32(scaling * LOG2_E), operand.table, operand.kinds, operand.slots,
         operand.open_column, operand.open_tokens, NO_MASK if visible is None else visible.numpy(), operand.addresses,
-        n_parts, kept, votes == "above_average", out, counted,
+        count_parts(n_items, n_columns, threads), kept, votes == "above_average", out, counted,
     )  # fmt: skip
     return torch.from_numpy(out).to(query.dtype), torch.from_numpy(counted) if votes else None

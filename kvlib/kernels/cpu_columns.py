@@ -11,27 +11,25 @@ from torch import Tensor
 
 from kvlib.kernels import cpu
 from kvlib.kernels.cpu import FAST, LOG2_E, SOURCES, exp2
-from kvlib.kernels.cpu_threads import available_threads, use_threads
+from kvlib.kernels.cpu_threads import threads_for, use_threads
 from kvlib.kernels.vector import largest
 
 QUERIES_AT_ONCE = 64
 
 
 @njit(fastmath=FAST)
-def add_row(logits, factor, norm, sums):
-    """sums += softmax(logits x factor); `norm` is its log2-sum-exp2, or NaN if that is not known."""
+def add_row(logits, factor, sums):
+    """sums += softmax(logits x factor); the logits are overwritten."""
     n = len(logits)
     even = n // 32 * 32
-    if not norm < np.inf:
-        top = largest(logits.ctypes.data, even)
-        for i in range(even, n):
-            top = max(top, logits[i])
-        total = np.float32(0)
-        for i in range(n):
-            total += exp2((logits[i] - top) * factor)
-        norm = top * factor + np.log2(total)
+    top, total = largest(logits.ctypes.data, even), np.float32(0)
+    for i in range(even, n):
+        top = max(top, logits[i])
     for i in range(n):
-        sums[i] += exp2(min(logits[i] * factor - norm, np.float32(0)))
+        logits[i] = exp2((logits[i] - top) * factor)
+        total += logits[i]
+    for i in range(n):
+        sums[i] += logits[i] / total
 
 
 @functools.cache
@@ -40,35 +38,33 @@ def kernel():
     sources = SOURCES + zlib.crc32(Path(cpu.__file__).read_bytes())  # what is called lies elsewhere: see cpu.py
 
     @njit(parallel=True, cache=True, error_model="numpy")
-    def add_columns(logits, factor, norms, n_seen, sums):
+    def add_columns(logits, factor, n_seen, sums):
         _ = sources
         for item in prange(len(logits)):
             for g in range(logits.shape[1]):
                 for m in range(logits.shape[2]):
                     seen = n_seen + m
-                    add_row(logits[item, g, m, :seen], factor, norms[item, g, m], sums[item, :seen])
+                    add_row(logits[item, g, m, :seen], factor, sums[item, :seen])
 
     return add_columns
 
 
-def column_sums(query: Tensor, key: Tensor, scaling: float, lse: Tensor | None = None) -> Tensor:
+def column_sums(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """The attention weight each key receives, fp32 [B, H_kv, T]: summed over causal queries and heads that share the KV head.
 
     query [B, H, t, D] are the newest of key's [B, H_kv, T, D] tokens. Logits are formed for QUERIES_AT_ONCE queries at a
-    time and never kept. `lse` fp32 [B, H, t], the natural log-sum-exp of each query, spares half of the work if it is known.
+    time and never kept.
     """
     batch, n_heads, n_queries, head_dim = query.shape
     n_kv_heads, n_keys = key.shape[1:3]
     shape = batch * n_kv_heads, n_heads // n_kv_heads
-    use_threads(available_threads())
+    use_threads(threads_for(n_queries * n_keys * batch * n_heads * head_dim))
     sums = torch.zeros(batch * n_kv_heads, n_keys)
-    norms = torch.full((*shape, n_queries), torch.nan) if lse is None else lse.reshape(*shape, -1) * LOG2_E
     rows, keys = query.float().reshape(*shape, n_queries, head_dim), key.float().reshape(shape[0], n_keys, head_dim)
     for begin in range(0, n_queries, QUERIES_AT_ONCE):
         part = rows[:, :, begin : begin + QUERIES_AT_ONCE]
         n_seen = n_keys - n_queries + begin + part.shape[2]
         logits = (part.flatten(1, 2) @ keys[:, :n_seen].mT).view(*shape, -1, n_seen)
         first = n_keys - n_queries + begin + 1
-        norm = norms[:, :, begin : begin + QUERIES_AT_ONCE].contiguous()
-        kernel()(logits.numpy(), np.float32(scaling * LOG2_E), norm.numpy(), first, sums.numpy())
+        kernel()(logits.numpy(), np.float32(scaling * LOG2_E), first, sums.numpy())
     return sums.view(batch, n_kv_heads, n_keys)

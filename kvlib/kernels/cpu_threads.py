@@ -5,10 +5,13 @@ import functools
 import numba
 import torch
 
+WORTH_A_THREAD = 2e6  # steps: numbers converted or multiplied; a number quantised is worth STEPS_TO_QUANTISE
+STEPS_TO_QUANTISE = 128
 
-def available_threads() -> int:
-    """As many as torch uses, if numba has so many."""
-    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+
+def threads_for(steps: float) -> int:
+    """As many as torch uses, if numba has so many; one for little work, for whose sake torch's idle threads compete."""
+    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if steps > WORTH_A_THREAD else 1
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,14 +2,16 @@
 
 import numpy as np
 import torch
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
 from torch import Tensor
 
-from kvlib.kernels.cpu_threads import available_threads, use_threads
+from kvlib.kernels.cpu_threads import STEPS_TO_QUANTISE, threads_for, use_threads
 from kvlib.kernels.operand import PAGE_TOKENS, VALUE_GROUP_CHANNELS
 
-WORTH_A_THREAD = 16_000  # numbers, about 40 us
-SMALLEST_SCALE = np.uint16(0x0080)  # the bits of the smallest normal bfloat16
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_BITS = np.uint16(0x0080)  # the bits of the smallest normal bfloat16
 
 
 @njit
@@ -25,15 +27,36 @@ def from_upper_bits(bits):
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
+@intrinsic
+def half_bits(typing, x):
+    """The bits of a float32 as float16."""
+
+    def emit(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), emit
+
+
 @njit
-def put_bfloat16(page, at, bits):
-    """Write a bfloat16's bits into bytes, the lower byte first."""
+def put(page, at, bits):
+    """Write 16 bits into bytes, the lower byte first."""
     page[at], page[at + 1] = np.uint8(bits & np.uint16(255)), np.uint8(bits >> np.uint16(8))
 
 
+@njit
+def put_number(page, at, x, dtype):
+    """Write a float32 that fits into the dtype: 0 for fp32, 1 for bf16, 2 for fp16."""
+    if dtype:
+        put(page, at, upper_bits(x) if dtype == 1 else half_bits(x))
+    else:
+        whole = np.float32(x).view(np.uint32)
+        put(page, at, np.uint16(whole & np.uint32(0xFFFF)))
+        put(page, at + 2, np.uint16(whole >> np.uint32(16)))
+
+
 @njit(fastmath={"nsz"}, error_model="numpy")
-def encode_rows(rows, bits, item, page):
-    """Rows [n, columns] -> codes, scales, and zeros of `item` bytes, one behind the other in `page`: half a page.
+def encode_rows(rows, bits, dtype, page):
+    """Rows [n, columns] -> codes, scales, and zeros of this dtype, one behind the other in `page`: half a page.
 
     Returns 0 unless there is NaN, infinity or a range beyond fp32.
     """
@@ -53,7 +76,7 @@ def encode_rows(rows, bits, item, page):
         of_scale = upper_bits(step)
         if from_upper_bits(of_scale) < step:
             of_scale += np.uint16(1)
-        of_scale = max(of_scale, SMALLEST_SCALE)
+        of_scale = max(of_scale, SMALLEST_BITS)
         scale = from_upper_bits(of_scale)
         for i in range(n_columns):
             code = np.rint((rows[row, i] - zero) / scale)
@@ -61,18 +84,13 @@ def encode_rows(rows, bits, item, page):
         for plane in range(8 // bits):
             for i in range(n_bytes):
                 page[row * n_bytes + i] |= codes[plane * n_bytes + i] << np.uint8(bits * plane)
-        put_bfloat16(page, scales + 2 * row, of_scale)
-        if item == 4:
-            whole = np.float32(zero).view(np.uint32)
-            put_bfloat16(page, zeros + 4 * row, np.uint16(whole & np.uint32(0xFFFF)))
-            put_bfloat16(page, zeros + 4 * row + 2, np.uint16(whole >> np.uint32(16)))
-        else:
-            put_bfloat16(page, zeros + 2 * row, upper_bits(zero))
+        put(page, scales + 2 * row, of_scale)
+        put_number(page, zeros + (2 if dtype else 4) * row, zero, dtype)
     return n_bad
 
 
 @njit
-def encode_page(key, value, bits, item, page):
+def encode_page(key, value, bits, dtype, page):
     """Keys and values [32, D] -> one page; returns 0 unless they have no scale."""
     head_dim = key.shape[1]
     width = min(head_dim, VALUE_GROUP_CHANNELS)
@@ -83,15 +101,15 @@ def encode_page(key, value, bits, item, page):
             of_key[d, t] = key[t, d]
         for group in range(n_groups):
             of_value[group * PAGE_TOKENS + t] = value[t, group * width : (group + 1) * width]
-    n_bad = encode_rows(of_key, bits, item, page)
-    return n_bad + encode_rows(of_value, bits, item, page[head_dim * (PAGE_TOKENS * bits // 8 + 2 + item) :])
+    n_bad = encode_rows(of_key, bits, dtype, page)
+    return n_bad + encode_rows(of_value, bits, dtype, page[head_dim * (PAGE_TOKENS * bits // 8 + (4 if dtype else 6)) :])
 
 
 @njit(parallel=True, cache=True, error_model="numpy")
-def _encode_pages(key, value, bits, item, slab, slots):
+def _encode_pages(key, value, bits, dtype, slab, slots):
     n_bad = 0
     for i in prange(len(key)):
-        n_bad += encode_page(key[i], value[i], bits, item, slab[slots[i]])
+        n_bad += encode_page(key[i], value[i], bits, dtype, slab[slots[i]])
     return n_bad
 
 
@@ -102,7 +120,7 @@ def scale_of(x):
     for d in range(len(x)):
         size = abs(x[d])
         largest, finite = max(largest, size), finite and size < np.inf
-    return max(upper_bits(largest / np.float32(127)), SMALLEST_SCALE) if finite else np.uint16(0)
+    return max(upper_bits(largest / np.float32(127)), SMALLEST_BITS) if finite else np.uint16(0)
 
 
 @njit
@@ -122,8 +140,8 @@ def append_head(key, value, pages, at):
         if of_key == 0 or of_value == 0:
             n_bad += 1
             continue
-        put_bfloat16(page, head_dim * PAGE_TOKENS + 2 * t, of_key)
-        put_bfloat16(page, values + head_dim * PAGE_TOKENS + 2 * t, of_value)
+        put(page, head_dim * PAGE_TOKENS + 2 * t, of_key)
+        put(page, values + head_dim * PAGE_TOKENS + 2 * t, of_value)
         key_scale, value_scale = from_upper_bits(of_key), from_upper_bits(of_value)
         for d in range(head_dim):
             page[d * PAGE_TOKENS + t] = code_of(key[i, d], key_scale)
@@ -137,7 +155,7 @@ def _append_int8(key, value, pages, at):
     n_heads, n_bad = key.shape[1], 0
     for item in prange(len(key) * n_heads):
         b, h = item // n_heads, item % n_heads
-        n_bad += append_head(key[b, h], value[b, h], pages[b, h], at[b])
+        n_bad += append_head(key[b, h], value[b, h], pages[b, h], at)
     return n_bad
 
 
@@ -156,21 +174,20 @@ def _write_tokens(key, value, slab, slots, offsets):
 def encode_pages(key: Tensor, value: Tensor, bits: int, slab: Tensor, slots: np.ndarray) -> None:
     """Quantise keys and values [n, 32, D] to 8, 4 or 2 bits and write them to these slots of slab uint8 [slots, page bytes].
 
-    The zero is kept in the dtype of the keys, fp32 or bf16. Raises ValueError, with the pages spoilt, for what has no scale.
+    The zero is kept in the dtype of the keys. Raises ValueError, with the pages spoilt, for what has no scale.
     """
-    use_threads(available_threads() if key.numel() > WORTH_A_THREAD else 1)
-    if _encode_pages(as_float32(key), as_float32(value), bits, key.dtype.itemsize, slab.numpy(), slots):
+    use_threads(threads_for(key.numel() * STEPS_TO_QUANTISE))
+    if _encode_pages(as_float32(key), as_float32(value), bits, DTYPES.index(key.dtype), slab.numpy(), slots):
         raise ValueError("encode_pages: x holds NaN, infinity or a range beyond fp32; look at what the model computed.")
 
 
-def append_int8(key: Tensor, value: Tensor, room: Tensor, at: int | Tensor) -> None:
-    """Quantise keys and values [B, H_kv, t, D] with one scale per token, and write them at token `at` (or at[b]) of room.
+def append_int8(key: Tensor, value: Tensor, room: Tensor, at: int) -> None:
+    """Quantise keys and values [B, H_kv, t, D] with one scale per token, and write them at token `at` of room.
 
     room: uint8 [B, H_kv, pages, page bytes], pages of the kind PER_TOKEN. Raises ValueError unless all numbers are finite.
     """
-    starts = at.numpy() if isinstance(at, Tensor) else np.full(len(key), at)
-    use_threads(available_threads() if key.numel() > WORTH_A_THREAD else 1)
-    if _append_int8(as_float32(key), as_float32(value), room.numpy(), starts):
+    use_threads(threads_for(key.numel() * STEPS_TO_QUANTISE))
+    if _append_int8(as_float32(key), as_float32(value), room.numpy(), at):
         raise ValueError("append_int8: the keys or values hold NaN or infinity; look at what the model computed.")
 
 

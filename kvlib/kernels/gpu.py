@@ -235,12 +235,7 @@ def launch(
 def decode(
     query: Tensor, operand: Operand, scaling: float, visible: Tensor | None = None, votes: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one new query per head, [B, H, D], over all tokens of an operand -> [B, H, D] in the query's dtype.
-
-    `visible` bool [B, 32 P] hides tokens. `votes` asks for what keep rules count, [B, H_kv, 32 P] fp32, without another
-    pass over the keys: "weights", the attention weights added up over the query heads of a KV head, or "above_average", how
-    many of them are above the average of those in sight. Absent tokens get 0, and so does a query that sees no token.
-    """
+    """Attention of one new query per head over all tokens of an operand, as operand.py defines it; and the votes, if any."""
     tables = (operand.table, operand.kinds, operand.slots, np.array([operand.open_column]), operand.open_tokens)
     tables = (torch.from_numpy(np.ascontiguousarray(x)).to(query.device, non_blocking=True) for x in tables)
     return launch(query, operand.slabs, operand.dtype, *tables, scaling, visible, votes)

@@ -24,10 +24,10 @@ def causal_logits(query, key, queries, keys, scaling, n_queries, n_keys, D: tl.c
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys"])
 def find_norms(
-    query, key, lse, scaling, n_queries, n_keys, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, LOG2_E: tl.constexpr,
+    query, key, norms, scaling, n_queries, n_keys, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """lse [B H, t]: the natural log-sum-exp of each query of a block."""
+    """norms [B H, t]: the log2-sum-exp2 of each query of a block."""
     head, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * QUERIES
     queries = begin + tl.arange(0, QUERIES)
     query, key = query + head * n_queries * D, key + head // GROUP * n_keys * D
@@ -36,14 +36,14 @@ def find_norms(
         logits = causal_logits(query, key, queries, first + tl.arange(0, KEYS), scaling, n_queries, n_keys, D, DP, DOT)
         before, top = top, tl.maximum(top, tl.max(logits, 1))
         total = total * tl.exp2(before - top) + tl.sum(tl.exp2(logits - top[:, None]), 1)
-    norms = (top + tl.log2(tl.maximum(total, 1e-30))) / LOG2_E
-    tl.store(lse + head * n_queries + queries, norms, mask=queries < n_queries)
+    found = top + tl.log2(tl.maximum(total, 1e-30))
+    tl.store(norms + head * n_queries + queries, found, mask=queries < n_queries)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys"])
 def add_columns(
-    query, key, lse, sums, scaling, n_queries, n_keys, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DOT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, LOG2_E: tl.constexpr,
+    query, key, norms, sums, scaling, n_queries, n_keys, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    DOT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """sums [B H_kv, T] for a block of keys: the weights that all queries of the group's heads give them."""
     item, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * KEYS
@@ -53,27 +53,26 @@ def add_columns(
         for begin in range(tl.maximum(first - (n_keys - n_queries), 0) // QUERIES * QUERIES, n_queries, QUERIES):
             queries = begin + tl.arange(0, QUERIES)
             logits = causal_logits(query + head * n_queries * D, key, queries, keys, scaling, n_queries, n_keys, D, DP, DOT)
-            norms = tl.load(lse + head * n_queries + queries, mask=queries < n_queries, other=0) * LOG2_E
-            total += tl.sum(tl.exp2(logits - norms[:, None]), 0)
+            norm = tl.load(norms + head * n_queries + queries, mask=queries < n_queries, other=0)
+            total += tl.sum(tl.exp2(logits - norm[:, None]), 0)
     tl.store(sums + item * n_keys + keys, total, mask=keys < n_keys)
 
 
-def column_sums(query: Tensor, key: Tensor, scaling: float, lse: Tensor | None = None) -> Tensor:
+def column_sums(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """The attention weight each key receives, fp32 [B, H_kv, T]: summed over causal queries and heads that share the KV head.
 
     query [B, H, t, D] are the newest of key's [B, H_kv, T, D] tokens. Logits are formed block by block, twice, and never
-    kept; once if `lse`, the natural log-sum-exp fp32 [B, H, t] of each query, is known from elsewhere.
+    kept.
     """
     batch, n_heads, n_queries, head_dim = query.shape
     n_kv_heads, n_keys = key.shape[1:3]
     query, key, group = query.contiguous(), key.contiguous(), n_heads // n_kv_heads
     dot = torch.float32 if INTERPRETED else query.dtype
     tile = TILES[dot]
-    fixed = group, head_dim, max(triton.next_power_of_2(head_dim), 16), TYPES[dot], tile, tile, LOG2_E
+    fixed = group, head_dim, max(triton.next_power_of_2(head_dim), 16), TYPES[dot], tile, tile
     shape = scaling * LOG2_E, n_queries, n_keys
-    if lse is None:
-        lse = torch.empty(batch, n_heads, n_queries, dtype=torch.float32, device=query.device)
-        find_norms[batch * n_heads, triton.cdiv(n_queries, tile)](query, key, lse, *shape, *fixed)
+    norms = torch.empty(batch, n_heads, n_queries, dtype=torch.float32, device=query.device)
+    find_norms[batch * n_heads, triton.cdiv(n_queries, tile)](query, key, norms, *shape, *fixed)
     sums = torch.empty(batch, n_kv_heads, n_keys, dtype=torch.float32, device=query.device)
-    add_columns[batch * n_kv_heads, triton.cdiv(n_keys, tile)](query, key, lse.contiguous(), sums, *shape, *fixed)
+    add_columns[batch * n_kv_heads, triton.cdiv(n_keys, tile)](query, key, norms, sums, *shape, *fixed)
     return sums

@@ -40,14 +40,14 @@ def encode_token(x, inside):
     return to_codes(x, tl.broadcast_to(scale, x.shape), -127, 127).to(tl.int8), scale.to(tl.bfloat16)
 
 
-@triton.jit(do_not_specialize=["n_new", "pages_per_head"])
+@triton.jit(do_not_specialize=["at", "n_new", "pages_per_head"])
 def write_tokens_int8(
-    key, value, slab, at, n_new, pages_per_head, n_kv_heads, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr
+    key, value, slab, at, n_new, pages_per_head, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr
 ):
     """One new token of one KV head, into its page."""
     item, new, channel = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, DP)
     inside = channel < D
-    position = tl.load(at + item // n_kv_heads) + new
+    position = at + new
     token = position % TOKENS
     half: tl.constexpr = (D + 2) * TOKENS
     page = slab + (item * pages_per_head + position // TOKENS) * (2 * half)
@@ -63,17 +63,15 @@ def write_tokens_int8(
     tl.store((page + half + D * TOKENS).to(tl.pointer_type(tl.bfloat16)) + token, scale, mask=there)
 
 
-def append_int8(key: Tensor, value: Tensor, room: Tensor, at: int | Tensor) -> None:
+def append_int8(key: Tensor, value: Tensor, room: Tensor, at: int) -> None:
     """Quantise keys and values [B, H_kv, t, D] with one scale per token, and write them from token `at` on of room.
 
-    room: uint8 [B, H_kv, pages, page bytes], contiguous, pages of the kind PER_TOKEN. `at`: for all sequences, or int64 [B]
-    on the device, one for each. Tokens that room has no page for are dropped.
+    room: uint8 [B, H_kv, pages, page bytes], contiguous, pages of the kind PER_TOKEN. Tokens that it has no page for are
+    dropped.
     """
     batch, n_kv_heads, n_new, head_dim = key.shape
-    if not isinstance(at, Tensor):
-        at = torch.full((batch,), at, device=key.device)
     write_tokens_int8[batch * n_kv_heads, n_new](
-        key.contiguous(), value.contiguous(), room, at, n_new, room.shape[2], n_kv_heads, head_dim,
+        key.contiguous(), value.contiguous(), room, at, n_new, room.shape[2], head_dim,
         triton.next_power_of_2(head_dim), min(head_dim, VALUE_GROUP_CHANNELS),
     )  # fmt: skip
 

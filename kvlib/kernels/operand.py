@@ -1,4 +1,11 @@
-"""What decode attention reads: pages of keys and values at several precisions, and block tables that say which."""
+"""What decode attention reads, pages of keys and values at several precisions and block tables that say which, and returns.
+
+`decode(query, operand, scaling, visible=None, votes=None)` of every backend is the attention of one new query per head,
+[B, H, D], over all tokens of an `Operand` -> [B, H, D] in the query's dtype, and the votes or None. `visible` bool [B, 32 P]
+hides tokens. `votes` asks for what keep rules count, [B, H_kv, 32 P] fp32, without another pass over the keys: "weights", the
+attention weights added up over the query heads of a KV head, or "above_average", how many of them are above the average of
+those in sight. Absent tokens get 0, and so does a query that sees no token.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -35,8 +42,11 @@ class Operand:
 
     @property
     def addresses(self) -> np.ndarray:
-        """int64 [5]: where the slab of each of KINDS begins; 0 where there is none."""
-        return np.array([self.slabs[kind].data_ptr() if kind in self.slabs else 0 for kind in KINDS])
+        """int64 [17]: where the slab of each kind begins, at its number; 0 where there is none."""
+        found = np.zeros(max(KINDS) + 1, np.int64)
+        for kind, slab in self.slabs.items():
+            found[kind] = slab.data_ptr()
+        return found
 
 
 @functools.cache

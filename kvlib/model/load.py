@@ -70,11 +70,11 @@ def device_name(device: str) -> str:
 
 
 def kernels_in_words(device: str) -> str:
-    """What attention on codes runs on, and its version; "torch" where there is nothing and pages are dequantised."""
+    """What attention on codes runs on, and its version; "none" where that is not installed."""
     try:
         backend = pick_backend("auto", device)
     except ValueError:
-        return "torch"
+        return "none"
     return backend if backend == "torch" else f"{backend} {version(backend)}"
 
 
