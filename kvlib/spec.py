@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kvlib.cache.methods import get_method, override
-from kvlib.cache.sharing import adjacent_groups
+from kvlib.cache.sharing import composed, owners_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class ModelSpec:
     vocabulary: int
     n_params: int
     dtype: torch.dtype
+    layer_owners: tuple[int, ...] | None = None  # of a model that was trained to share keys and values
 
     @classmethod
     def of(cls, model) -> "ModelSpec":
@@ -38,6 +39,7 @@ class ModelSpec:
             vocabulary=config.vocab_size,
             n_params=sum(p.numel() for p in model.parameters()),
             dtype=model.dtype,
+            layer_owners=getattr(config, "layer_owners", None),
         )
 
     @property
@@ -51,17 +53,23 @@ class ModelSpec:
         return self.mlp_matrices * self.hidden * self.mlp_hidden
 
 
-def held_bytes(spec: ModelSpec, method: str, batch: int, tokens: int, layers_per_group: int | None = None, **recipe) -> int:
-    """Bytes the cache keeps between steps for `batch` sequences with room for `tokens` tokens each; 0 without a cache."""
+def held_bytes(
+    spec: ModelSpec, method: str, batch: int, tokens: int, layer_map: str | None = None, half: str = "both", **recipe
+) -> int:
+    """Bytes the cache keeps between steps for `batch` sequences with room for `tokens` tokens each; 0 without a cache.
+
+    Layers that share one half only keep the other. An alignment's maps are weights, and not counted.
+    """
     chosen = get_method(method)
     if chosen.store is None:
         return 0
+    n_owners = len(set(composed(owners_of(layer_map or chosen.layer_map, spec.n_layers), spec.layer_owners)))
     if chosen.recipe:
-        dimensions = spec.n_layers, spec.n_kv_heads, spec.head_dim, spec.dtype
+        dimensions = n_owners, spec.n_kv_heads, spec.head_dim, spec.dtype
         return override(method, recipe).held_bytes(*dimensions, batch, tokens)
-    owners = set(adjacent_groups(spec.n_layers, layers_per_group or chosen.layers_per_group))
     room = -(-tokens // chosen.store.block_tokens) * chosen.store.block_tokens
-    return len(owners) * batch * spec.n_kv_heads * room * chosen.store.bytes_per_token(spec.head_dim, spec.dtype)
+    of_layer = batch * spec.n_kv_heads * room * chosen.store.bytes_per_token(spec.head_dim, spec.dtype)
+    return n_owners * of_layer + (half != "both") * (spec.n_layers - n_owners) * of_layer // 2
 
 
 def step_workspace_bytes(spec: ModelSpec, method: str, batch: int, tokens: int) -> int:

@@ -40,8 +40,7 @@ def one_thread():
 
 
 def new_store(keep: str | None, budget: float | None, **options) -> PagedStore:
-    [store] = paged_stores(Recipe(keep, budget, **options), PagePool(HEAD_DIM), n_layers=1, capacity_tokens=0)
-    return store
+    return paged_stores(Recipe(keep, budget, **options), PagePool(HEAD_DIM), owners=[0], capacity_tokens=0)[0]
 
 
 def tokens(t: int, seed: int = 0, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,7 +79,7 @@ def test_kernels_keep_and_compute_what_torch_does(name, tiers):
     sequence, out, found = (query, key, value / 300), {}, {}  # values of about 1
     recipe = Recipe(name, 160, tiers=tiers) if name else Recipe(tiers=((tiers[0][0], 1.0),))
     for backend in ("torch", "numba"):
-        [store] = paged_stores(recipe, PagePool(HEAD_DIM, backend=backend), 1, 0)
+        store = paged_stores(recipe, PagePool(HEAD_DIM, backend=backend), [0], 0)[0]
         out[backend], found[backend] = feed(store, sequence, [90] + [1] * 210), store
     # 300 terms of about 1, each rounded a few times in fp32 (2^-24) and weighted by softmax weights that sum to 1
     torch.testing.assert_close(out["numba"], out["torch"], rtol=0, atol=2e-5)
@@ -445,7 +444,7 @@ def test_budgets_too_small_for_their_layers_are_refused_when_the_cache_is_built(
     for layers, least in (("uniform", 96), ("pyramid", 160)):
         assert Recipe("h2o", least, layers=layers).layer_pages(4, 0)
         with pytest.raises(ValueError, match=f"budget: {least - 33} tokens leave a layer .* give {least} or more"):
-            paged_stores(Recipe("h2o", least - 33, layers=layers), PagePool(HEAD_DIM), 4, 0)
+            paged_stores(Recipe("h2o", least - 33, layers=layers), PagePool(HEAD_DIM), range(4), 0)
     config = AutoConfig.for_model("llama", num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=4)
     with pytest.raises(ValueError, match="budget: 50 tokens .* give 96 or more"):
         build_cache("h2o", config, budget=50)

@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
+from kvlib.cache.alignment import LayerMaps
+
 MODEL_TYPES = ("gpt2", "llama", "qwen2")
 
 
@@ -27,15 +29,15 @@ class KVLayer(CacheLayerMixin):
     """One model layer's view of the cache: its own store, or the store of the layer whose cache it shares.
 
     `n_seen` counts the tokens the layer has processed and gives their positions. A layer that does not write its
-    store reads what the owner, an earlier layer, has just written there. `update` returns the layer itself in place of
-    key and value; the attention function asks its store.
+    store reads what the owner, an earlier layer, has just written there, through its `maps` if it has some. `update`
+    returns the layer itself in place of key and value; the attention function asks it to attend.
     """
 
     is_sliding, is_compileable, is_croppable = False, False, True
 
-    def __init__(self, store, writes: bool = True):
+    def __init__(self, store, writes: bool = True, maps: LayerMaps | None = None):
         super().__init__()
-        self.store, self.writes = store, writes
+        self.store, self.writes, self.maps = store, writes, maps
         self.n_seen = self.n_attended = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -48,6 +50,13 @@ class KVLayer(CacheLayerMixin):
             self.store.append(key_states, value_states)
         self.n_seen += key_states.shape[2]
         return self, self
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention of queries [B, H, t, D] of the tokens last stored -> [B, H, t, D]."""
+        self.n_attended += 1
+        if self.maps:
+            return self.maps.attend(self.store, query, mask, scaling)
+        return self.store.attend(query, mask, scaling)
 
     @property
     def shape(self):

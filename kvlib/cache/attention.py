@@ -32,22 +32,42 @@ def attention_backend(device: str, dtype: torch.dtype) -> str:
     return "flash_attention_2" if usable else "sdpa"
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def side_by_side(
+    key: Tensor, value: Tensor, mask: Tensor | None, across: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values [B, H_kv, T, D] with the heads of `across` ("keys", "values" or "both") made one long head.
+
+    -> views or copies [B, n, T, D or H_kv D], n = 1 if nothing keeps its heads, and the mask that goes with them.
+    """
+    halves = [
+        x.transpose(1, 2).flatten(2)[:, None] if across in (half, "both") else x for x, half in ((key, "keys"), (value, "values"))
+    ]
+    n_kv_heads = max(x.shape[1] for x in halves)
+    key, value = (x.expand(-1, n_kv_heads, -1, -1) for x in halves)
+    return key, value, mask if mask is None or n_kv_heads > 1 else mask[:, :1]
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, across: str | None = None
+) -> Tensor:
     """Attention of the newest t queries over all T keys: query [B, H, t, D], key and value [B, H_kv, T, D] -> [B, H, t, D].
 
     `mask` [B, 1 or H_kv, t, T] is True (or 0) where a key is visible; None means causal. At t = 1 the query heads of a
     group are packed as the queries of their KV head: the keys are read once, where torch's `enable_gqa` reads them per
-    query head on a CPU.
+    query head on a CPU. Where `across` names "keys", "values" or "both", every query head reads all KV heads of these as
+    one long head: a query, or what it gets, then has H_kv D channels.
     """
+    if across:
+        key, value, mask = side_by_side(key, value, mask, across)
     batch, n_heads, t, head_dim = query.shape
     n_kv_heads, total = key.shape[1:3]
-    if mask is None and attention_backend(query.device.type, query.dtype) == "flash_attention_2":
+    if mask is None and not across and attention_backend(query.device.type, query.dtype) == "flash_attention_2":
         rows = (x.transpose(1, 2) for x in (query, key, value))
         return flash_attention()(*rows, softmax_scale=scaling, causal=True).transpose(1, 2)
     if t == 1:
         packed = query.reshape(batch, n_kv_heads, n_heads // n_kv_heads, head_dim)
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-        return out.reshape(batch, n_heads, 1, head_dim)
+        return out.reshape(batch, n_heads, 1, -1)
     if mask is None and t < total:
         mask = causal(t, total, query.device)
     if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
@@ -125,9 +145,8 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    key.n_attended += 1
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return key.store.attend(query, attention_mask, scaling).transpose(1, 2).contiguous(), None
+    return key.attend(query, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, attend)

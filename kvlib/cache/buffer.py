@@ -59,6 +59,20 @@ class BufferedStore:
     """What stores that consist of token buffers, `self.buffers`, have in common."""
 
     buffers: list[TokenBuffer]
+    halves: dict[str, tuple[str, ...]]  # names of the buffers that hold "keys", and "values"
+    borrowed: tuple[str, ...] = ()
+
+    def borrow(self, half: str, owner: "BufferedStore") -> None:
+        """Read the owner's "keys", or "values", from now on, and keep none."""
+        self.borrowed = self.halves[half]
+        for name in self.borrowed:
+            self.buffers.remove(getattr(self, name))
+            setattr(self, name, getattr(owner, name))
+
+    def add(self, name: str, new: Tensor) -> None:
+        """Append new [B, H_kv, t, C] to a buffer, unless another layer has done so."""
+        if name not in self.borrowed:
+            getattr(self, name).append(new)
 
     @property
     def batch(self) -> int | None:

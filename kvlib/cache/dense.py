@@ -12,6 +12,7 @@ class DenseStore(BufferedStore):
 
     materialises = False  # does attention first write a dense copy of what is stored?
     block_tokens = 1  # room comes in steps of so many tokens
+    halves = {"keys": ("key",), "values": ("value",)}
 
     def __init__(self, capacity_tokens: int = 0):
         self.key, self.value = TokenBuffer(capacity_tokens), TokenBuffer(capacity_tokens)
@@ -24,13 +25,13 @@ class DenseStore(BufferedStore):
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Store key and value [B, H_kv, t, D]."""
-        self.key.append(key)
-        self.value.append(value)
+        self.add("key", key)
+        self.add("value", value)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Views of all keys and values, [B, H_kv, n, D] each."""
         return self.key.read(), self.value.read()
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """query [B, H, t, D] -> [B, H, t, D] over everything stored."""
-        return dense_attention(query, *self.read(), mask, scaling)
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, across: str | None = None) -> Tensor:
+        """query [B, H, t, D] -> [B, H, t, D] over everything stored; `across` as in `dense_attention`."""
+        return dense_attention(query, *self.read(), mask, scaling, across)

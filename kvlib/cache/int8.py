@@ -17,6 +17,7 @@ class NaiveInt8Store(BufferedStore):
 
     materialises = True  # does attention first write a dense copy of what is stored?
     block_tokens = 1  # room comes in steps of so many tokens
+    halves = {"keys": ("key", "key_scale"), "values": ("value", "value_scale")}
 
     def __init__(self, capacity_tokens: int = 0):
         self.key, self.key_scale, self.value, self.value_scale = (TokenBuffer(capacity_tokens) for _ in range(4))
@@ -31,10 +32,11 @@ class NaiveInt8Store(BufferedStore):
     def append(self, key: Tensor, value: Tensor) -> None:
         """Quantise key and value [B, H_kv, t, D] and store their codes and scales."""
         self.dtype = key.dtype
-        for x, codes_buffer, scale_buffer in ((key, self.key, self.key_scale), (value, self.value, self.value_scale)):
-            codes, scale = self.quantize(x)
-            codes_buffer.append(codes)
-            scale_buffer.append(scale)
+        for x, (codes_name, scale_name) in zip((key, value), self.halves.values()):
+            if codes_name not in self.borrowed:
+                codes, scale = self.quantize(x)
+                self.add(codes_name, codes)
+                self.add(scale_name, scale)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, H_kv, t, D] -> codes and scales, one head at a time."""
@@ -53,6 +55,6 @@ class NaiveInt8Store(BufferedStore):
             dense[:, head] = dequantize_int8(codes[:, head], scale[:, head], self.dtype)
         return dense
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """query [B, H, t, D] -> [B, H, t, D] over everything stored, as dequantised."""
-        return dense_attention(query, *self.read(), mask, scaling)
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, across: str | None = None) -> Tensor:
+        """query [B, H, t, D] -> [B, H, t, D] over everything stored, as dequantised; `across` as in `dense_attention`."""
+        return dense_attention(query, *self.read(), mask, scaling, across)

@@ -82,10 +82,13 @@ class FusedInt8Store:
         slabs, table = {PER_TOKEN: self.room.view(-1, page_bytes)}, numbers.reshape(batch, n_heads, n_pages)
         return Operand(slabs, self.dtype, table, kinds, numbers, 0, np.full(batch, self.length))
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """query [B, H, t, D] -> [B, H, t, D] over everything stored; the kernel serves t = 1, more queries dequantise once."""
-        if query.shape[2] > 1:
-            return dense_attention(query, *self.read(), mask, scaling)
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, across: str | None = None) -> Tensor:
+        """query [B, H, t, D] -> [B, H, t, D] over everything stored; `across` as in `dense_attention`.
+
+        The kernel serves t = 1 of heads that read one KV head; all else dequantises once.
+        """
+        if query.shape[2] > 1 or across:
+            return dense_attention(query, *self.read(), mask, scaling, across)
         operand, visible = self.operand(), None
         if mask is not None:
             visible = mask.new_zeros(len(query), operand.table.shape[2] * PAGE_TOKENS)

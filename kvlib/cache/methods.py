@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvlib.cache.adapter import KVCache, KVLayer, check_model, head_dim
+from kvlib.cache.alignment import Alignment, file_beside
+from kvlib.cache.buffer import BufferedStore
 from kvlib.cache.dense import DenseStore
 from kvlib.cache.int8 import NaiveInt8Store
 from kvlib.cache.int8_fused import FusedInt8Store
@@ -13,17 +15,18 @@ from kvlib.cache.keep import RULES
 from kvlib.cache.paged import PagedStore, paged_stores
 from kvlib.cache.pages import PagePool
 from kvlib.cache.recipe import Recipe
-from kvlib.cache.sharing import adjacent_groups
+from kvlib.cache.sharing import HALVES, composed, owners_of
 from kvlib.kernels.backend import pick_backend
 
 
 @dataclass(frozen=True)
 class Method:
-    """How one method caches: its store (None: no cache at all), how many layers share one, and what pages keep."""
+    """How one method caches: its store (None: no cache at all), whose store a layer reads, and what pages keep."""
 
     summary: str
     store: type | None
-    layers_per_group: int = 1
+    layer_map: str = "own"
+    aligned: bool = False
     recipe: Recipe | None = None
 
 
@@ -37,8 +40,10 @@ METHODS = {
     "v1": Method("keys and values as they are", DenseStore),
     "v2": Method("INT8 per token, quantised and dequantised in Python", NaiveInt8Store),
     "v2-fused": Method("INT8 per token, attention computed on the codes", FusedInt8Store),
-    "v3": Method("pairs of layers share the first one's cache", DenseStore, layers_per_group=2),
-    "v4": Method("INT8, shared by pairs of layers", NaiveInt8Store, layers_per_group=2),
+    "v3": Method("pairs of layers share the first one's cache", DenseStore, "groups-2"),
+    "v4": Method("INT8, shared by pairs of layers", NaiveInt8Store, "groups-2"),
+    "v3a": Method("v3, readers aligned to the owner's keys and values", DenseStore, "groups-2", aligned=True),
+    "v4a": Method("v4, readers aligned", NaiveInt8Store, "groups-2", aligned=True),
     **{rule: paged(RULES[rule].summary, keep=rule, budget=0.25) for rule in RULES},
     "kivi-4": paged("4 bits, keys per channel, values per token", tiers=((4, 1.0),)),
     "kivi-2": paged("2 bits, keys per channel, values per token", tiers=((2, 1.0),)),
@@ -64,11 +69,36 @@ def override(name: str, options: dict) -> Recipe:
     return dataclasses.replace(METHODS[name].recipe, **options)
 
 
+def layer_owners(name: str, config: PretrainedConfig, layer_map: str | None = None) -> tuple[int, ...]:
+    """The owner of every layer's store: by the given map, or the method's own, over the model's, if it was trained to share."""
+    owners = owners_of(layer_map or get_method(name).layer_map, config.num_hidden_layers)
+    return composed(owners, getattr(config, "layer_owners", None))
+
+
+def make_stores(
+    name: str, config: PretrainedConfig, owners: tuple[int, ...], capacity_tokens: int, pool: PagePool | None, backend: str,
+    recipe: dict,
+) -> dict[int, object]:  # fmt: skip
+    """A fresh store for each owner in a layer map; options as in `build_cache`."""
+    method = get_method(name)
+    if method.recipe:
+        if pool and backend not in ("auto", pool.backend):
+            raise ValueError(f"backend: the pool's is {pool.backend!r}; make the pool with {backend!r}.")
+        pool = pool or PagePool(head_dim(config), backend=backend)
+        return paged_stores(override(name, recipe), pool, owners, capacity_tokens)
+    if pool or recipe:
+        raise ValueError(f"{', '.join(recipe) or 'pool'}: {name} has no pages; use a paged method.")
+    options = {"backend": backend} if method.store is FusedInt8Store else {}
+    return {owner: method.store(capacity_tokens, **options) for owner in sorted(set(owners))}
+
+
 def build_cache(
     name: str,
     model: PreTrainedModel | PretrainedConfig,
     *,
-    layers_per_group: int | None = None,
+    layer_map: str | None = None,
+    half: str = "both",
+    alignment: Alignment | None = None,
     capacity_tokens: int = 0,
     pool: PagePool | None = None,
     backend: str = "auto",
@@ -76,31 +106,43 @@ def build_cache(
 ) -> KVCache | None:
     """A fresh cache of this method for this model; None for `v0`, which has none.
 
-    `layers_per_group` overrides the group of a sharing method; `capacity_tokens` takes the room for that many tokens at
-    once, where the length is known, and is the context that a budget's fraction refers to. For paged methods, `pool` lets
-    caches share one pool, and fields of `Recipe` override the method's own. `backend` chooses the kernels of methods that
-    have some: "numba" (CPU), "triton" (GPU), "torch" (paged methods: none, dequantise first) or "auto", by device. Raises
-    ValueError for an unknown method, model or option, and for one that does not fit.
+    `layer_map` says whose store each layer reads, in the words of `owners_of`, in place of the method's own map; `half`,
+    whether layers share "both", "keys" or "values". `alignment` are the readers' maps; without one, an aligned method reads
+    those saved in the model's folder. `capacity_tokens` takes the room for that many tokens at once, where the length is
+    known, and is the context that a budget's fraction refers to. For paged methods, `pool` lets caches share one pool, and
+    fields of `Recipe` override the method's own. `backend` chooses the kernels of methods that have some: "numba" (CPU),
+    "triton" (GPU), "torch" (paged methods: none, dequantise first) or "auto", by device. Raises ValueError for an unknown
+    method, model or option, and for one that does not fit.
     """
     method, config = get_method(name), getattr(model, "config", model)
     check_model(config)
-    n_layers = config.num_hidden_layers
-    if layers_per_group is not None and method.layers_per_group == 1:
-        raise ValueError(f"layers_per_group: {name} shares no layers; use v3 or v4.")
     if method.store is None:
+        if getattr(config, "layer_owners", None):
+            raise ValueError(f"{name}: this model was trained to share keys and values through a cache; use v1.")
         return None
     picked = pick_backend(backend, model.device.type if hasattr(model, "device") else "cpu")
     if method.store is FusedInt8Store and picked == "torch":
         raise ValueError(f"backend: {name} computes attention in kernels; choose some, or use v2.")
-    if method.recipe:
-        if pool and backend not in ("auto", pool.backend):
-            raise ValueError(f"backend: the pool's is {pool.backend!r}; make the pool with {backend!r}.")
-        pool = pool or PagePool(head_dim(config), backend=backend)
-        stores = paged_stores(override(name, recipe), pool, n_layers, capacity_tokens)
-        return KVCache([KVLayer(store) for store in stores])
-    if pool or recipe:
-        raise ValueError(f"{', '.join(recipe) or 'pool'}: {name} has no pages; use a paged method.")
-    owners = adjacent_groups(n_layers, layers_per_group or method.layers_per_group)
-    options = {"backend": backend} if method.store is FusedInt8Store else {}
-    stores = {owner: method.store(capacity_tokens, **options) for owner in sorted(set(owners))}
-    return KVCache([KVLayer(stores[owner], writes=layer == owner) for layer, owner in enumerate(owners)])
+    owners, maps = layer_owners(name, config, layer_map), {}
+    if half not in HALVES:
+        raise ValueError(f"half: expected one of {', '.join(HALVES)}; got {half!r}.")
+    if half != "both" and not issubclass(method.store, BufferedStore):
+        raise ValueError(f"half: {name} keeps keys and values in one piece, which layers share whole; use v1, v2, v3 or v4.")
+    if method.aligned or alignment:
+        alignment = alignment or Alignment.load(file_beside(model, owners, half), model.device, model.dtype)
+        alignment.check(model, owners, half)
+        maps = alignment.layers
+    if maps and alignment.span == "layer" and method.recipe and override(name, recipe).keep:
+        raise ValueError(f"alignment: heads of {name} keep different tokens and cannot be read as one; fit the span 'head'.")
+    stores = make_stores(name, config, owners, capacity_tokens, pool, backend, recipe)
+    return KVCache([make_layer(stores, layer, owner, half, maps.get(layer)) for layer, owner in enumerate(owners)])
+
+
+def make_layer(stores: dict[int, object], layer: int, owner: int, half: str, maps) -> KVLayer:
+    """A layer that writes its own store, reads its owner's, or keeps one half and reads the other."""
+    store = stores[owner]
+    if layer == owner or half == "both":
+        return KVLayer(store, writes=layer == owner, maps=maps)
+    mixed = type(store)(store.key.capacity_tokens)
+    mixed.borrow(half, store)
+    return KVLayer(mixed, maps=maps)

@@ -7,6 +7,7 @@ dequantised.
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,16 +24,22 @@ from kvlib.kernels.operand import DENSE, PAGE_TOKENS
 
 
 class PagedStore:
-    """Keys and values of one layer in the pages of a pool, under a recipe. `stores` are those of all layers."""
+    """Keys and values of one layer in the pages of a pool, under a recipe; `n_readers` layers read them, this one first.
+
+    `stores` are those of all layers that have one. New tokens are filed once the last reader has looked at them; what the
+    readers see in them is voted on together.
+    """
 
     materialises = False  # a step's attention reads the pages where they lie
 
-    def __init__(self, pool: PagePool, recipe: Recipe, layer: int, n_layers: int, capacity_tokens: int = 0):
-        self.pool, self.recipe, self.layer, self.n_layers = pool, recipe, layer, n_layers
+    def __init__(self, pool: PagePool, recipe: Recipe, layer: int, n_readers: int = 1, capacity_tokens: int = 0):
+        self.pool, self.recipe, self.layer, self.n_readers = pool, recipe, layer, n_readers
         self.capacity_tokens, self.rule = capacity_tokens, RULES.get(recipe.keep)
         self.stores: list[PagedStore] = [self]
         self.table: BlockTable | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
+        self.votes: Tensor | None = None
+        self.n_waiting = 0  # readers that have not yet looked at the pending tokens
 
     @property
     def batch(self) -> int | None:
@@ -46,8 +53,8 @@ class PagedStore:
 
     def limit(self, n_seen: int) -> int | None:
         """The budget in pages per KV head once `n_seen` tokens were seen, the window's excluded; None: all."""
-        pages = self.recipe.layer_pages(self.n_layers, self.capacity_tokens or n_seen)
-        return pages[self.layer] if pages else None
+        pages = self.recipe.layer_pages(len(self.stores), self.capacity_tokens or n_seen)
+        return pages[self.stores.index(self)] if pages else None
 
     # Taking tokens in
 
@@ -66,7 +73,7 @@ class PagedStore:
             self._require(*key.shape[:3])
         if self is self.stores[0] and self.table is None:
             self._open_tables(*key.shape[:2])
-        self.pending = key, value
+        self.pending, self.votes, self.n_waiting = (key, value), None, self.n_readers
 
     def _refuse_what_is_not_finite(self, key: Tensor, value: Tensor) -> None:
         for what, x in (("key", key), ("value", value)):
@@ -107,41 +114,66 @@ class PagedStore:
 
     # Attention
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """query [B, H, t, D] of the tokens last appended -> [B, H, t, D] over all that is stored and those tokens."""
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, across: str | None = None) -> Tensor:
+        """query [B, H, t, D] of the tokens last appended -> [B, H, t, D] over all that is stored and those tokens.
+
+        `across` as in `dense_attention`: without it, a kernel serves t = 1.
+        """
+        self.n_waiting -= 1
         if query.shape[2] == 1 and self.kernels:
-            return self._step(query, scaling)
+            return self._step(query, scaling, across)
         (key, value), t, exists = self.pending, query.shape[2], None
         real = None if mask is None else mask[:, 0, -1, -t:]  # padding is what not even the newest token may see
         real = None if real is None or real.all() else real
         if self.table.n_seen.any():
             past_key, past_value, exists = self.table.read()
             key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
-        visible, votes = visible_keys(exists, real, t, key), None
+        visible = visible_keys(exists, real, t, key)
         if self.rule and self.rule.needs_votes and visible is None and self.rule.counts == "weights" and self.kernels:
             out = dense_attention(query, key, value, None, scaling)
             voters = query[:, :, -self.rule.horizon :] if self.rule.horizon else query
-            votes = self.rule.shared(self.kernels.column_sums(voters, key, scaling))
+            self._vote(self.rule.shared(self.kernels.column_sums(voters, key, scaling)))
         elif self.rule and self.rule.needs_votes:
             out, votes = attention_with_votes(query, key, value, visible, real, scaling, self.rule)
+            self._vote(votes)
         else:
-            out = dense_attention(query, key, value, visible, scaling)
-        self._settle(real, votes)
+            out = dense_attention(query, key, value, visible, scaling, across)
+        if not self.n_waiting:
+            votes, self.votes = self.votes, None
+            self._settle(real, votes)
         return out
 
-    def _step(self, query: Tensor, scaling: float) -> Tensor:
+    def _step(self, query: Tensor, scaling: float, across: str | None) -> Tensor:
         """Attention of one new token a sequence, by a kernel that reads the block table; the token enters the window first."""
-        (key, value), self.pending = self.pending, None
-        enter_window(self, key, value)
-        counts = self.rule.counts if self.rule and self.rule.needs_votes else None
-        out, votes = self.kernels.decode(query.squeeze(2), self.table.operand(), scaling, votes=counts)
-        if counts:
+        if self.pending is not None:
+            (key, value), self.pending = self.pending, None
+            enter_window(self, key, value)
+        if across:
+            key, value, exists = self.table.read()
+            out = dense_attention(query, key, value, None if exists is None else exists[:, :, None], scaling, across)
+        else:
+            counts = self.rule.counts if self.rule and self.rule.needs_votes else None
+            out, votes = self.kernels.decode(query.squeeze(2), self.table.operand(), scaling, votes=counts)
+            out = out.unsqueeze(2)
+            if counts:
+                self._vote(self.rule.shared(votes))
+        if not self.n_waiting:
+            self._leave(query)
+        return out
+
+    def _vote(self, votes: Tensor) -> None:
+        """Take the votes of one reader, [B, H_kv, n], to those of the others."""
+        self.votes = votes if self.votes is None else self.votes + votes
+
+    def _leave(self, like: Tensor) -> None:
+        """Count what one token's readers voted, and file what has to leave the window."""
+        if self.votes is not None:
             parts = [n * PAGE_TOKENS for n in (self.table.full.shape[-1], 1, self.table.window.shape[-1])]
-            count_votes(self, self.rule.shared(votes), np.ones(len(key)), parts)
+            count_votes(self, self.votes, np.ones(self.batch), parts)
+            self.votes = None
         for rows in self.table.alike() if (self.table.n_seen % PAGE_TOKENS == 0).any() else ():
-            none = key[rows, :, :0]
+            none = like.new_empty(len(rows), self.table.columns.shape[1], 0, self.pool.head_dim)
             leave_window(self, rows, int((self.table.n_seen - self.table.start)[rows[0]]), none, none, none[..., 0].float())
-        return out.unsqueeze(2)
 
     def _settle(self, real: Tensor | None, votes: Tensor | None) -> None:
         """File the pending tokens, those of equally long sequences together; `votes` [B, H_kv, n] for stored and new."""
@@ -177,15 +209,18 @@ class PagedStore:
         """Forget everything; the pool gives its storage back with its last page."""
         if self.table:
             self.pool.release(self.table.pages())
-        self.table = self.pending = None
+        self.table = self.pending = self.votes = None
         if not self.pool.references.any():
             self.pool.clear()
 
 
-def paged_stores(recipe: Recipe, pool: PagePool, n_layers: int, capacity_tokens: int) -> list[PagedStore]:
-    """The stores of all layers of one cache. Raises ValueError for a budget too small for its layers."""
-    stores = [PagedStore(pool, recipe, layer, n_layers, capacity_tokens) for layer in range(n_layers)]
-    for store in stores:
-        store.stores = stores
-    recipe.layer_pages(n_layers, capacity_tokens)
+def paged_stores(
+    recipe: Recipe, pool: PagePool, owners: Sequence[int], capacity_tokens: int
+) -> dict[int, PagedStore]:
+    """The store of each owner in a layer map. Raises ValueError for a budget too small for its layers."""
+    readers = Counter(owners)
+    stores = {owner: PagedStore(pool, recipe, owner, readers[owner], capacity_tokens) for owner in sorted(readers)}
+    for store in stores.values():
+        store.stores = list(stores.values())
+    recipe.layer_pages(len(stores), capacity_tokens)
     return stores

@@ -1,11 +1,64 @@
-"""Layer maps: which layer's store a layer reads."""
+"""Layer maps: which layer's store a layer reads. A map is the tuple of every layer's owner, (0, 0, 2, 2) for two pairs."""
+
+from collections.abc import Callable, Iterator
+
+HALVES = ("both", "keys", "values")
 
 
-def adjacent_groups(n_layers: int, layers_per_group: int) -> tuple[int, ...]:
-    """The owner of every layer when each run of `layers_per_group` layers shares the cache of its first.
+def owners_of(layer_map: str, n_layers: int) -> tuple[int, ...]:
+    """The owner of every layer, from the name of a map.
 
-    adjacent_groups(4, 2) -> (0, 0, 2, 2). Raises ValueError unless 1 <= layers_per_group <= n_layers.
+    "own": each layer its own. "groups-2": every run of 2 layers reads its first one's. "first-5": all behind the first 5
+    read the fifth. "0 0 2 2": as listed. Raises ValueError unless every owner is an earlier layer, or the same, that owns
+    its store itself.
     """
-    if not 1 <= layers_per_group <= n_layers:
-        raise ValueError(f"layers_per_group: expected 1 to {n_layers} for {n_layers} layers, got {layers_per_group}.")
-    return tuple(layer - layer % layers_per_group for layer in range(n_layers))
+    kind, _, count = layer_map.partition("-")
+    if layer_map == "own":
+        return tuple(range(n_layers))
+    if kind in ("groups", "first") and count.isdigit():
+        if not 1 <= int(count) <= n_layers:
+            raise ValueError(f"layer_map: expected 1 to {n_layers} layers for a model of {n_layers}, got {layer_map!r}.")
+        return tuple(i - i % int(count) if kind == "groups" else min(i, int(count) - 1) for i in range(n_layers))
+    owners = tuple(int(owner) if owner.isdigit() else n_layers for owner in layer_map.split())
+    if len(owners) != n_layers or any(owner > i or owners[owner] != owner for i, owner in enumerate(owners)):
+        raise ValueError(
+            f"layer_map: expected own, groups-N, first-N, or the owner of each of {n_layers} layers, an earlier one that "
+            f"owns its store, like '0 0 2 2'; got {layer_map!r}."
+        )
+    return owners
+
+
+def composed(owners: tuple[int, ...], trained: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The map of a model that was trained to share by one map, `trained`, and now shares by another on top."""
+    return tuple(owners[layer] for layer in trained) if trained else owners
+
+
+def in_words(owners: tuple[int, ...]) -> str:
+    """The name by which `owners_of` knows a map: its owners, listed."""
+    return " ".join(map(str, owners))
+
+
+def joined(owners: tuple[int, ...], reader: int, owner: int) -> tuple[int, ...]:
+    """The map in which layer `reader`, and whoever read its store, read the store of layer `owner` instead."""
+    return tuple(owner if i == reader else i for i in owners)
+
+
+def one_step_on(owners: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """All maps in which one owner less is left."""
+    kept = sorted(set(owners))
+    for place, reader in enumerate(kept):
+        for owner in kept[:place]:
+            yield joined(owners, reader, owner)
+
+
+def choose_greedily(n_layers: int, n_shared: int, damage: Callable[[tuple[int, ...]], float]) -> list[tuple[int, ...]]:
+    """Maps with 1, 2, ... `n_shared` layers less to store: each the least damaging step from the one before.
+
+    `damage` is what a map costs on calibration text, say its loss. Raises ValueError unless 1 <= n_shared < n_layers.
+    """
+    if not 1 <= n_shared < n_layers:
+        raise ValueError(f"n_shared: expected 1 to {n_layers - 1} for {n_layers} layers, got {n_shared}.")
+    chosen = [tuple(range(n_layers))]
+    for _ in range(n_shared):
+        chosen.append(min(one_step_on(chosen[-1]), key=damage))
+    return chosen[1:]

@@ -74,7 +74,7 @@ def contenders(
     found["v2-fused"] = Contender(lambda i: decode(query, operands[i], scaling), held_bytes(fused))
     for name, bits in PAGES.items():
         pool = PagePool(head_dim)
-        stores = paged_stores(Recipe(tiers=((bits, 1.0),)), pool, n_layers, context_tokens)
+        stores = list(paged_stores(Recipe(tiers=((bits, 1.0),)), pool, range(n_layers), context_tokens).values())
         for store, (key, value) in zip(stores, halves):
             for begin, end in ((0, context_tokens - 1), (context_tokens - 1, context_tokens)):  # the last waits to be filed
                 store.append(key[:, :, begin:end], value[:, :, begin:end])

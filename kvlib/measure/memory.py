@@ -17,11 +17,14 @@ from kvlib.spec import held_bytes as predicted_held_bytes
 
 
 def held_bytes(root: object) -> int:
-    """Bytes of every tensor storage and array reachable from an object (a cache, say), each once, slack included."""
+    """Bytes of every tensor storage and array reachable from an object (a cache, say), each once, slack included.
+
+    What belongs to a model, an alignment's maps for instance, is no part of a cache.
+    """
     storages, seen, waiting = {}, set(), [root]
     while waiting:
         thing = waiting.pop()
-        if id(thing) in seen:
+        if id(thing) in seen or isinstance(thing, torch.nn.Module):
             continue
         seen.add(id(thing))
         if isinstance(thing, torch.Tensor):

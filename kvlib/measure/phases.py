@@ -53,10 +53,11 @@ def _parts(decoder: Decoder) -> Iterator[tuple[object, str, str]]:
             yield module, "forward", "projections"
     stores = {id(layer.store): layer.store for layer in decoder.cache.layers} if decoder.cache else {}
     names = {"append": "cache update", "quantize": "quantise", "dequantize": "dequantise", "attend": "attention"}
-    for store in stores.values():
+    maps = [layer.maps for layer in decoder.cache.layers if layer.maps] if decoder.cache else []
+    for thing in (*stores.values(), *maps):
         for name, phase in names.items():
-            if hasattr(store, name):
-                yield store, name, phase
+            if hasattr(thing, name):
+                yield thing, name, phase
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """The bundled models' recipes: architecture, data mixture, stages of context length, seed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from kvlib.cache.sharing import owners_of
 
 VOCABULARY = 4096
 
@@ -31,24 +33,27 @@ class Recipe:
         return sum(tokens for _, tokens in self.stages)
 
 
-RECIPES = {
-    "tiny-gpt2": Recipe(
-        config=dict(
-            model_type="gpt2",
-            n_layer=8,
-            n_embd=256,
-            n_head=4,
-            n_positions=1024,
-            activation_function="gelu_pytorch_tanh",
-            bos_token_id=0,
-            eos_token_id=0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-        ),
-        stages=((256, 6_000_000), (512, 4_000_000), (1024, 5_000_000)),
-        recall_fraction=0.4,
+TINY_GPT2 = Recipe(
+    config=dict(
+        model_type="gpt2",
+        n_layer=8,
+        n_embd=256,
+        n_head=4,
+        n_positions=1024,
+        activation_function="gelu_pytorch_tanh",
+        bos_token_id=0,
+        eos_token_id=0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
     ),
+    stages=((256, 6_000_000), (512, 4_000_000), (1024, 5_000_000)),
+    recall_fraction=0.4,
+)
+
+RECIPES = {
+    "tiny-gpt2": TINY_GPT2,
+    "tiny-gpt2-shared": replace(TINY_GPT2, config=TINY_GPT2.config | {"layer_owners": owners_of("groups-2", 8)}),
     "tiny-qwen2": Recipe(
         config=dict(
             model_type="qwen2",

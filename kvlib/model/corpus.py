@@ -28,6 +28,21 @@ HELD_OUT = (
     "webbrowser",
     "zipapp",
 )
+CALIBRATION = (
+    "argparse",
+    "ast",
+    "calendar",
+    "configparser",
+    "csv",
+    "ftplib",
+    "inspect",
+    "ipaddress",
+    "optparse",
+    "pickle",
+    "subprocess",
+    "tarfile",
+    "zipfile",
+)
 END_OF_TEXT = "<|endoftext|>"
 BYTES_PER_PACKAGE = 3_000_000
 SKIPPED_PARTS = {
@@ -50,8 +65,17 @@ def _standard_library() -> list[Path]:
 
 def held_out_text() -> str:
     """Evaluation text: ten standard-library modules that no bundled model was trained on."""
+    return _modules(HELD_OUT)
+
+
+def calibration_text() -> str:
+    """What maps are fitted and layers chosen on: thirteen other modules, which the bundled models have read."""
+    return _modules(CALIBRATION)
+
+
+def _modules(names: tuple[str, ...]) -> str:
     root = Path(sysconfig.get_path("stdlib"))
-    return "\n\n".join((root / f"{name}.py").read_text(encoding="utf-8") for name in HELD_OUT)
+    return "\n\n".join((root / f"{name}.py").read_text(encoding="utf-8") for name in names)
 
 
 def xz_bits_per_byte(text: str) -> float:

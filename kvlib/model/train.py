@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from kvlib import paths
+from kvlib.cache.attention import attention_through_cache
+from kvlib.cache.methods import build_cache
 from kvlib.malloc import keep_freed_memory
 from kvlib.measure.quality import chunks
 from kvlib.measure.retrieval import measure_needles
@@ -113,6 +115,15 @@ def context_at(recipe: Recipe, tokens: int) -> int:
     return recipe.stages[-1][0]
 
 
+def read(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits [B, T, V] of ids [B, T]. A model whose layers share keys and values reads them through the map of its cache."""
+    if not getattr(model.config, "layer_owners", None):
+        return model(ids, position_ids=positions, use_cache=False).logits
+    with attention_through_cache(model):
+        cache = build_cache("v1", model, capacity_tokens=ids.shape[1])
+        return model(ids, position_ids=positions, past_key_values=cache).logits
+
+
 def train_step(model, optimizers, batch, scale: float, micro_batch: int, autocast: torch.autocast) -> float:
     """One update from a batch as `Batches` makes it; returns the unweighted loss in nats per token."""
     ids, weights, first = batch
@@ -121,7 +132,7 @@ def train_step(model, optimizers, batch, scale: float, micro_batch: int, autocas
     for rows, row_weights in zip(ids.split(micro_batch), weights.split(micro_batch)):
         rows, row_weights = rows.to(device), row_weights.to(device)
         with autocast:
-            logits = model(rows[:, :-1], position_ids=positions, use_cache=False).logits
+            logits = read(model, rows[:, :-1], positions)
         losses = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
         (losses @ row_weights.flatten() / weights.sum().to(device)).backward()
         total += losses.sum().item()
@@ -139,7 +150,7 @@ def evaluate(probe: load.Model, held_out: list[int], context: int) -> dict[str, 
     """Held-out loss in nats per token, and the share of needles found, at the current context."""
     network = probe.network.eval()
     rows = chunks(held_out, context, 16_384 // (context + 1)).to(network.device)
-    losses = [F.cross_entropy(network(row[None, :-1]).logits[0].float(), row[1:]).item() for row in rows]
+    losses = [F.cross_entropy(read(network, row[None, :-1])[0].float(), row[1:]).item() for row in rows]
     needles = measure_needles(probe, held_out, "v1", context, n_contexts=5)
     network.train()
     return {"held_out_nats": float(np.mean(losses)), "recall": float(np.mean([row["recall"] for row in needles]))}

@@ -1,0 +1,47 @@
+"""Align a model to a layer map, and keep the maps in its folder: `python -m kvlib.model.align tiny-gpt2 --layer-map groups-2`."""
+
+import argparse
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlib.cache.alignment import Alignment, file_beside
+from kvlib.cache.fit import fit_alignment
+from kvlib.cache.methods import layer_owners
+from kvlib.model.corpus import calibration_text
+from kvlib.model.load import Model, open_model
+
+CALIBRATION_CHUNKS = 32
+
+
+def calibration_ids(model: Model, n_chunks: int = CALIBRATION_CHUNKS, seed: int = 0) -> Tensor:
+    """Stretches of calibration text, ids [n, T] of at most 1,024 tokens, drawn at random; random ids for random weights."""
+    rng, length = np.random.default_rng(seed), min(1024, model.context_limit)
+    if model.weights == "random":
+        return torch.from_numpy(rng.integers(0, model.spec.vocabulary, (n_chunks, length)))
+    ids = model.encode(calibration_text())
+    return torch.tensor([ids[start : start + length] for start in rng.integers(0, len(ids) - length, n_chunks)])
+
+
+def align(model: Model, layer_map: str = "groups-2", *, n_chunks: int = CALIBRATION_CHUNKS, seed: int = 0, **options) -> Alignment:
+    """The maps with which this model's layers read each other's stores; options as in `fit_alignment`."""
+    owners = layer_owners("v1", model.network.config, layer_map)
+    return fit_alignment(model.network, owners, calibration_ids(model, n_chunks, seed), **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="bundled name or folder")
+    parser.add_argument("--layer-map", default="groups-2", help="groups-N, first-N or the owner of every layer")
+    parser.add_argument("--seed", type=int, default=0, help="which calibration text is drawn")
+    arguments = parser.parse_args()
+    model = open_model(arguments.model)
+    alignment = align(model, arguments.layer_map, seed=arguments.seed)
+    file = file_beside(model.network, alignment.owners)
+    alignment.save(file)
+    print(f"{file}: {alignment.n_bytes / 1e6:.2f} MB of maps")
+
+
+if __name__ == "__main__":
+    main()

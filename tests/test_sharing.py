@@ -1,0 +1,295 @@
+"""Layer maps, what is shared under them, and the alignment of readers."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from conftest import tiny_network
+from test_methods import AMPLE, CLOSE, EVICTING, random_ids, read
+from transformers import DynamicCache
+
+from kvlib.cache.alignment import Alignment, LayerMaps, checksum
+from kvlib.cache.dense import DenseStore
+from kvlib.cache.fit import FittingLayer, fit_alignment, key_map
+from kvlib.cache.methods import build_cache
+from kvlib.cache.sharing import choose_greedily, in_words, one_step_on, owners_of
+from kvlib.measure.memory import held_bytes
+from kvlib.measure.similarity import explained, linear_cka
+from kvlib.spec import ModelSpec
+from kvlib.spec import held_bytes as predicted_held_bytes
+
+PAIRS = (0, 0, 2, 2)
+torch.set_grad_enabled(False)
+
+
+@pytest.mark.parametrize(
+    "layer_map, owners",
+    {"own": (0, 1, 2, 3), "groups-2": PAIRS, "groups-3": (0, 0, 0, 3), "first-3": (0, 1, 2, 2), "0 1 1 0": (0, 1, 1, 0)}.items(),
+)
+def test_a_map_is_known_by_its_name(layer_map, owners):
+    assert owners_of(layer_map, 4) == owners == owners_of(in_words(owners), 4)
+
+
+@pytest.mark.parametrize("layer_map", ["pairs", "groups-0", "groups-5", "first-0", "0 0 1 2", "0 2 2 2", "0 0 2", "0 0 2 -1", ""])
+def test_what_is_no_map_is_refused(layer_map):
+    with pytest.raises(ValueError, match="layer_map: expected"):
+        owners_of(layer_map, 4)
+
+
+def test_one_step_on_are_all_maps_with_one_owner_less():
+    maps = list(one_step_on((0, 0, 2, 3)))
+    assert maps == [(0, 0, 0, 3), (0, 0, 2, 0), (0, 0, 2, 2)]
+    assert len(list(one_step_on(tuple(range(8))))) == 28
+
+
+def test_greedy_choice_takes_the_least_damage_at_each_step():
+    cost = {pair: i for i, pair in enumerate([(2, 3), (0, 1), (1, 2), (0, 2), (0, 3), (1, 3)])}
+
+    def damage(owners):
+        return sum(cost[owner, i] for i, owner in enumerate(owners) if owner != i)
+
+    assert choose_greedily(4, 2, damage) == [(0, 1, 2, 2), (0, 0, 2, 2)]
+    with pytest.raises(ValueError, match="n_shared: expected 1 to 3"):
+        choose_greedily(4, 4, damage)
+
+
+def test_readers_store_nothing_and_read_their_owner(network):
+    cache = build_cache("v3", network)
+    read(network, random_ids(1, 6), cache)
+    layers = cache.layers
+    assert all(layers[i].store is layers[i - i % 2].store for i in range(4))
+    assert held_bytes(cache) == held_bytes([layers[0].store, layers[2].store])
+
+
+def plain_sharing(network, ids, owners, half):
+    """Logits of a model whose readers are handed their owner's keys and values by a cache of transformers' own."""
+    seen = {}
+
+    class Sharing(DynamicCache):
+        def update(self, key, value, layer, *args, **kwargs):
+            seen[layer] = super().update(key, value, layer, *args, **kwargs)
+            from_owner = seen[owners[layer]]
+            return tuple(from_owner[i] if half in ("both", name) else seen[layer][i] for i, name in enumerate(("keys", "values")))
+
+    return network(ids, past_key_values=Sharing(config=network.config)).logits
+
+
+@pytest.mark.parametrize("half", ["both", "keys", "values"])
+@pytest.mark.parametrize("layer_map", ["groups-2", "0 1 1 0"])
+def test_shared_halves_are_read_and_only_the_others_stored(network, half, layer_map):
+    ids, owners = random_ids(2, 40), owners_of(layer_map, 4)
+    expected = plain_sharing(network, ids, owners, half)
+    for pieces in (40, [30] + [1] * 10):
+        cache = build_cache("v1", network, layer_map=layer_map, half=half, capacity_tokens=40)
+        torch.testing.assert_close(read(network, ids, cache, pieces), expected, **CLOSE)
+    assert held_bytes(cache) == predicted_held_bytes(ModelSpec.of(network), "v1", 2, 40, layer_map, half)
+    int8 = build_cache("v2", network, layer_map=layer_map, half=half, capacity_tokens=40)
+    read(network, ids, int8)
+    assert held_bytes(int8) == predicted_held_bytes(ModelSpec.of(network), "v2", 2, 40, layer_map, half)
+
+
+@pytest.mark.parametrize("name", sorted(AMPLE))
+def test_pages_are_shared_like_dense_keys_and_values(network, name):
+    ids = random_ids(2, 140)
+    expected = read(network, ids, build_cache("v3", network))
+    for pieces in (140, [90] + [1] * 50):
+        cache = build_cache(name, network, layer_map="groups-2", **AMPLE[name])
+        torch.testing.assert_close(read(network, ids, cache, pieces), expected, **CLOSE)
+    assert len({id(layer.store) for layer in cache.layers}) == 2
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_readers_of_one_store_vote_together(network, name):
+    cache = build_cache(name, network, layer_map="groups-2", budget=160, capacity_tokens=250)
+    read(network, random_ids(1, 250), cache, [130, 33] + [1] * 87)
+    for layer in cache.layers:
+        assert layer.n_seen == 250 and (layer.store.table.n_seen == 250).all()
+    predicted = predicted_held_bytes(ModelSpec.of(network), name, 1, 250, "groups-2", budget=160)
+    assert held_bytes(cache) == predicted
+    if name == "h2o":  # every query of both readers gives weights that sum to 1 per query head: nothing votes twice
+        store = cache.layers[0].store
+        given = sum(float(part.sum()) for part in store.table.scores.values())
+        n_heads = network.config.num_attention_heads
+        assert 0 < given <= 2 * n_heads * 250 * (1 + 1e-4)
+
+
+# Alignment
+
+
+def fitted(own_key, own_value, owner_key, owner_value, query, span, rotary=False, rank=None):
+    """What a reader makes of the owner's store after fitting to its own keys and values."""
+    store = DenseStore()
+    store.append(owner_key, owner_value)
+    layer = FittingLayer(store, False, "both", span, rank, rotary)
+    layer.own = own_key, own_value
+    return layer.attend(query, None, query.shape[-1] ** -0.5), layer.maps
+
+
+@pytest.mark.parametrize("span, rotary", [("head", False), ("layer", False), ("head", True), ("layer", True)])
+def test_alignment_recovers_what_is_a_linear_map_of_the_owner(span, rotary):
+    """Own keys and values are made from the owner's by a known map of each kind, so nothing but rounding is left.
+
+    Maps are rounded to bf16 (2^-9 relative): scores of order 1 move by some 1e-3 sqrt(C), outputs likewise.
+    """
+    draw = torch.Generator().manual_seed(0)
+    heads, dim, wide = 2, 8, 16 if span == "layer" else 8
+    key, value = (torch.randn(6, heads, 64, dim, generator=draw) for _ in range(2))
+    query = torch.randn(6, 4, 64, dim, generator=draw)
+    mix = torch.randn(heads, wide, dim, generator=draw) / wide**0.5
+    if rotary:  # a complex factor per frequency: turn each pair of channels (f, f + D / 2) and scale it
+        angle, size = (torch.rand(heads, wide // dim, dim // 2, generator=draw) * scale for scale in (6.28, 1.0))
+        blocks = torch.zeros(heads, wide // dim, dim, dim)
+        f = torch.arange(dim // 2)
+        blocks[..., f, f] = blocks[..., f + dim // 2, f + dim // 2] = size * angle.cos()
+        blocks[..., f, f + dim // 2], blocks[..., f + dim // 2, f] = size * angle.sin(), -size * angle.sin()
+        mix = blocks.flatten(1, 2)
+    source = [x.transpose(1, 2).flatten(2)[:, None] if span == "layer" else x for x in (key, value)]
+    own_key, own_value = source[0] @ mix + (0 if rotary else 3.0), source[1] @ mix + 1.0
+    out, maps = fitted(own_key, own_value, key, value, query, span, rotary)
+    own = DenseStore()
+    own.append(own_key, own_value)
+    expected = own.attend(query, None, dim**-0.5)
+    assert (out - expected).abs().max() < 0.05 < (expected - expected.mean()).abs().max()
+    if rotary:  # and it commutes with the rotation of positions
+        matrix, turn = key_map(key, own_key, span, rotary=True), torch.zeros(dim, dim)
+        turn[f, f] = turn[f + dim // 2, f + dim // 2] = (0.3 * f).cos()
+        turn[f, f + dim // 2], turn[f + dim // 2, f] = (0.3 * f).sin(), -(0.3 * f).sin()
+        turned = torch.block_diag(*[turn] * (wide // dim))
+        torch.testing.assert_close(turned @ matrix, matrix @ turn, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("half", ["both", "keys", "values"])
+@pytest.mark.parametrize("span", ["head", "layer"])
+def test_aligned_readers_come_closer_to_the_model(network, half, span):
+    """On the text that they were fitted to, where least squares cannot make the outputs worse."""
+    ids = random_ids(12, 200, seed=3)
+    alignment = fit_alignment(network, PAIRS, ids, half=half, span=span)
+    truth = read(network, ids, build_cache("v1", network))
+    errors = [
+        (read(network, ids, build_cache("v1", network, layer_map="groups-2", half=half, alignment=maps)) - truth).square().mean()
+        for maps in (alignment, None)
+    ]
+    assert errors[0] < (0.98 if half != "keys" else 1.05) * errors[1]
+    maps = alignment.layers[1]
+    assert maps.across == ({"both": "both", "keys": "keys", "values": "values"}[half] if span == "layer" else None)
+    assert (len(maps.query), len(maps.output)) == (half != "values", half != "keys")
+
+
+@pytest.mark.parametrize("store", ["v1", "v2", "v2-fused", "kivi-4"])
+def test_every_store_can_be_read_through_maps(network, store):
+    """A token at a time and all at once, padded or not, give the same, up to the codes that other sums round to."""
+    ids = random_ids(2, 100)
+    for span in ("head", "layer"):
+        alignment = fit_alignment(network, PAIRS, random_ids(8, 100, seed=4), span=span)
+        options = dict(layer_map="groups-2", alignment=alignment, **AMPLE.get(store, {}))
+        whole = read(network, ids, build_cache(store, network, **options))
+        steps = read(network, ids, build_cache(store, network, **options), [60] + [1] * 40)
+        close = 1e-3 if store in ("v1", "kivi-4") else 0.2 * whole.std().item()
+        torch.testing.assert_close(steps, whole, rtol=0, atol=close)
+
+
+def test_maps_add_nothing_per_token_and_survive_copies(network):
+    alignment = fit_alignment(network, PAIRS, random_ids(4, 60))
+    caches = [build_cache("v3", network), build_cache("v3", network, alignment=alignment)]
+    for cache in caches:
+        read(network, random_ids(1, 30), cache)
+    assert held_bytes(caches[0]) == held_bytes(caches[1])
+    twin = copy.deepcopy(caches[1])
+    assert twin.layers[1].maps is caches[1].layers[1].maps is alignment.layers[1]
+    spec = ModelSpec.of(network)
+    of_keys = spec.n_kv_heads * spec.head_dim * spec.n_kv_heads * spec.head_dim
+    of_values = spec.n_heads * spec.n_kv_heads * spec.head_dim * spec.head_dim
+    assert alignment.n_bytes == 2 * 4 * (of_keys + of_values + spec.n_heads * spec.head_dim)
+
+
+def test_a_low_rank_costs_fewer_bytes_and_the_full_rank_is_exact():
+    maps = {rank: fit_alignment(tiny_network("gpt2"), PAIRS, random_ids(4, 60), rank=rank) for rank in (None, 2, 4, 16)}
+    assert maps[2].n_bytes < maps[4].n_bytes < maps[None].n_bytes == maps[16].n_bytes
+    assert [tuple(x.shape) for x in maps[4].layers[1].query] == [(4, 16, 4), (4, 4, 64)]
+
+
+def test_saved_maps_are_the_same_and_refused_elsewhere(tmp_path, network):
+    ids, file = random_ids(3, 50), tmp_path / "maps.safetensors"
+    alignment = fit_alignment(network, PAIRS, ids, rank=3)
+    alignment.save(file)
+    loaded = Alignment.load(file)
+    expected, found = (read(network, ids, build_cache("v3a", network, alignment=maps)) for maps in (alignment, loaded))
+    assert expected.equal(found) and loaded.n_bytes == alignment.n_bytes
+
+    other = tiny_network("gpt2")
+    other.transformer.h[3].mlp.c_fc.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="another model"):
+        build_cache("v3a", other, alignment=loaded)
+    with pytest.raises(ValueError, match="layers 0 0 0 0"):
+        build_cache("v3a", network, layer_map="groups-4", alignment=loaded)
+    with pytest.raises(ValueError, match="keys"):
+        build_cache("v3a", network, half="keys", alignment=loaded)
+
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match="checksum"):
+        Alignment.load(file)
+    for content in (b"", b"not at all", bytes(damaged[:40])):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="no alignment can be read"):
+            Alignment.load(file)
+    with pytest.raises(ValueError, match="no alignment can be read"):
+        build_cache("v3a", network)  # a model without a folder
+
+
+def test_the_checksum_of_a_model_is_that_of_its_weights_in_any_dtype():
+    network = tiny_network("llama").bfloat16()
+    assert checksum(network) == checksum(copy.deepcopy(network).float()) != checksum(tiny_network("qwen2"))
+
+
+def test_what_cannot_be_shared_or_aligned_is_refused_by_name(network):
+    ids = random_ids(2, 40)
+    for options, words in (({"half": "all"}, "half: expected"), ({"span": "wide"}, "span: expected"), ({"rank": 0}, "rank: ")):
+        with pytest.raises(ValueError, match=words):
+            fit_alignment(network, PAIRS, ids, **options)
+    with pytest.raises(ValueError, match="half: expected"):
+        build_cache("v3", network, half="all")
+    for name in ("v2-fused", "kivi-4"):
+        with pytest.raises(ValueError, match="one piece"):
+            build_cache(name, network, layer_map="groups-2", half="keys")
+    across = fit_alignment(network, PAIRS, ids)
+    with pytest.raises(ValueError, match="different tokens"):
+        build_cache("h2o", network, layer_map="groups-2", alignment=across)
+    narrow = fit_alignment(network, PAIRS, ids, span="head")
+    read(network, random_ids(1, 200), build_cache("h2o", network, budget=160, layer_map="groups-2", alignment=narrow))
+
+
+def test_a_model_trained_to_share_shares_whatever_the_method():
+    network = tiny_network("gpt2")
+    ids, expected = random_ids(1, 60), read(network, random_ids(1, 60), build_cache("v3", network))
+    network.config.layer_owners = PAIRS
+    for name in ("v1", "v3", "kivi-4"):
+        cache = build_cache(name, network, **AMPLE.get(name, {}))
+        torch.testing.assert_close(read(network, ids, cache), expected, **CLOSE)
+        assert len({id(layer.store) for layer in cache.layers}) == 2
+    coarser = build_cache("v1", network, layer_map="groups-4")
+    assert [layer.store is coarser.layers[0].store for layer in coarser.layers] == [True] * 4
+    with pytest.raises(ValueError, match="v0"):
+        build_cache("v0", network)
+
+
+# Similarity
+
+
+def test_similarity_is_one_for_what_is_the_same_up_to_a_linear_map_and_near_zero_for_noise():
+    draw = torch.Generator().manual_seed(1)
+    x, noise = (torch.randn(4, 2, 500, 8, generator=draw) for _ in range(2))
+    turned = x.transpose(1, 2).flatten(2) @ torch.linalg.qr(torch.randn(16, 16, generator=draw))[0]
+    turned = turned.unflatten(2, (2, 8)).transpose(1, 2) * 3
+    views = [z.transpose(1, 2).reshape(-1, 16) for z in (x, turned, noise)]
+    assert linear_cka(views[0], views[1]) == pytest.approx(1, abs=1e-5) and linear_cka(views[0], views[2]) < 0.1
+    assert explained(x, turned, "layer") == pytest.approx(1, abs=1e-3) and explained(x, turned, "head") < 0.8
+    assert explained(x, noise, "layer") < 0.05
+
+
+def test_maps_of_no_layer_are_no_maps():
+    for query, output in itertools.product(([], [torch.ones(2, 4, 4)]), repeat=2):
+        if query or output:
+            assert LayerMaps("head", query, output, []).across is None
