@@ -39,11 +39,12 @@ def side_by_side(
 
     -> views or copies [B, n, T, D or H_kv D], n = 1 if nothing keeps its heads, and the mask that goes with them.
     """
-    halves = [
-        x.transpose(1, 2).flatten(2)[:, None] if across in (half, "both") else x for x, half in ((key, "keys"), (value, "values"))
-    ]
-    n_kv_heads = max(x.shape[1] for x in halves)
-    key, value = (x.expand(-1, n_kv_heads, -1, -1) for x in halves)
+    if across in ("keys", "both"):
+        key = key.transpose(1, 2).flatten(2)[:, None]
+    if across in ("values", "both"):
+        value = value.transpose(1, 2).flatten(2)[:, None]
+    n_kv_heads = max(key.shape[1], value.shape[1])
+    key, value = (x.expand(-1, n_kv_heads, -1, -1) for x in (key, value))
     return key, value, mask if mask is None or n_kv_heads > 1 else mask[:, :1]
 
 

@@ -56,7 +56,8 @@ def rotary_key_map(owner: Tensor, own: Tensor, span: str) -> Tensor:
     if span == "layer":
         found = ridge(x.permute(2, 1, 0), y.permute(2, 1, 0)).permute(1, 2, 0)  # [from, to, F]
     else:
-        found = torch.diag_embed(ridge(x.permute(0, 2, 1)[..., None], y.permute(0, 2, 1)[..., None])[..., 0, 0].T).permute(1, 2, 0)
+        x, y = (z.permute(2, 0, 1)[..., None] for z in (x, y))  # [F, H_kv, n, 1]
+        found = torch.diag_embed(ridge(x, y)[..., 0, 0]).permute(1, 2, 0)
     real, imaginary = (torch.diag_embed(part.contiguous()) for part in (found.real, found.imag))  # [from, to, F, F]
     blocks = torch.cat([torch.cat([real, imaginary], -1), torch.cat([-imaginary, real], -1)], -2)  # [from, to, D, D]
     if span == "layer":

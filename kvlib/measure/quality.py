@@ -50,22 +50,26 @@ class Scores:
 
 
 @torch.no_grad()
-def compare(model: Model, method: str, rows: Tensor, pieces: list[int], **options) -> Scores:
+def compare(
+    model: Model, method: str, rows: Tensor, pieces: list[int], reference: Model | None = None, **options
+) -> Scores:
     """Read chunks [n, T + 1] as one batch, piece by piece, through a cache of `method` and through v1's, and compare.
 
-    The caches know T beforehand, as those of a server that bounds its requests do.
+    v1's is that of `reference`, a model with the same tokenizer, if one is given. The caches know T beforehand, as those of a
+    server that bounds its requests do.
     """
-    rows, scores, seen = rows.to(model.device), [], 0
+    rows, scores, seen, original = rows.to(model.device), [], 0, reference or model
     assert sum(pieces) == rows.shape[1] - 1, "compare: the pieces make up the chunks"
-    with attention_through_cache(model.network):
+    with attention_through_cache(model.network), attention_through_cache(original.network):
         truth, cache = (
-            build_cache(name, model.network, capacity_tokens=rows.shape[1] - 1, **chosen)
-            for name, chosen in (("v1", {}), (method, options))
+            build_cache(name, which.network, capacity_tokens=rows.shape[1] - 1, **chosen)
+            for name, which, chosen in (("v1", original, {}), (method, model, options))
         )
+        itself = method == "v1" and original is model and not options
         for ids in rows[:, :-1].split(pieces, 1):
             targets = rows[:, seen + 1 : seen + 1 + ids.shape[1], None]
-            expected = model.network(ids, past_key_values=truth).logits.float().log_softmax(-1)
-            if method == "v1":
+            expected = original.network(ids, past_key_values=truth).logits.float().log_softmax(-1)
+            if itself:
                 ours = expected
             elif cache is None:
                 whole = rows[:, : seen + ids.shape[1]]
@@ -77,7 +81,7 @@ def compare(model: Model, method: str, rows: Tensor, pieces: list[int], **option
             scores.append([x.mean(1) for x in (*(-x.gather(-1, targets)[..., 0] for x in (ours, expected)), kl, same)])
             seen += ids.shape[1]
     means = (torch.stack(part, 1).double().cpu().numpy() for part in zip(*scores))
-    return Scores(*means, np.array(pieces), held_bytes(truth if method == "v1" else cache) // len(rows))
+    return Scores(*means, np.array(pieces), held_bytes(truth if itself else cache) // len(rows))
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -91,7 +95,7 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 def measure_quality(
     model: Model, text: str, method: str, context_tokens: int, n_chunks: int, piece_tokens: int = 256, **options
 ) -> dict[str, float]:
-    """Perplexity of a text through the cache, beside v1's on the same chunks.
+    """Perplexity of a text through the cache, beside v1's on the same chunks (of the model `reference`, if that is given).
 
     -> perplexity and perplexity_x (over v1's, paired chunk by chunk) with 95 % bootstrap intervals over chunks,
     bits_per_byte, kl_nats of the next-token distribution from v1's, top1_agreement with v1, and held_bytes: what the very

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvlib.cache.alignment import SPANS
 from kvlib.cache.attention import attention_through_cache
 from kvlib.cache.fit import centred, key_map, long_head, rows
 from kvlib.cache.methods import build_cache
@@ -24,7 +25,7 @@ def projection(network, layer: int, half: str) -> Tensor:
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Centred kernel alignment with linear kernels of two views [n, p], [n, q] of the same tokens (Kornblith et al. 2019): 0 to 1."""
+    """Centred kernel alignment of two views [n, p], [n, q] of the same tokens, linear kernels (Kornblith et al. 2019): 0 to 1."""
     x, y = x - x.mean(0), y - y.mean(0)
     return float((x.mT @ y).norm() ** 2 / ((x.mT @ x).norm() * (y.mT @ y).norm()))
 
@@ -38,13 +39,13 @@ def explained(source: Tensor, target: Tensor, span: str) -> float:
 
 
 @torch.no_grad()
-def measure_similarity(model: Model, n_chunks: int = 8, seed: int = 0) -> list[dict]:
+def measure_similarity(model: Model, n_chunks: int, context_tokens: int, seed: int = 0) -> list[dict]:
     """Every pair of layers, one row for the keys and one for the values: owner, reader (the later one), half, and MEASURES.
 
     weight_cosine compares the projections, entry by entry; cka and the explained variance what they make of calibration text:
     of one KV head by the owner's same head, or by all of the owner's heads. Rotated keys are compared as the cache holds them.
     """
-    ids = calibration_ids(model, n_chunks, seed)
+    ids = calibration_ids(model, n_chunks, context_tokens, seed)
     cache = build_cache("v1", model.network, capacity_tokens=ids.shape[1])
     with attention_through_cache(model.network):
         model.network(ids.to(model.device), past_key_values=cache, logits_to_keep=1)
@@ -55,6 +56,6 @@ def measure_similarity(model: Model, n_chunks: int = 8, seed: int = 0) -> list[d
             weights = [projection(model.network, layer, half).float().flatten() for layer in (owner, reader)]
             x, y = stored[owner][half], stored[reader][half]
             views = [long_head(z).flatten(0, 2) for z in (x, y)]
-            measures = F.cosine_similarity(*weights, 0).item(), linear_cka(*views), *(explained(x, y, s) for s in ("head", "layer"))
-            found.append({"owner": owner, "reader": reader, "half": half, **dict(zip(MEASURES, measures))})
+            alike = F.cosine_similarity(*weights, 0).item(), linear_cka(*views), *(explained(x, y, span) for span in SPANS)
+            found.append({"owner": owner, "reader": reader, "half": half, **dict(zip(MEASURES, alike))})
     return found

@@ -1,4 +1,4 @@
-"""Align a model to a layer map, and keep the maps in its folder: `python -m kvlib.model.align tiny-gpt2 --layer-map groups-2`."""
+"""Align a model to a layer map, maps in its folder: `python -m kvlib.model.align tiny-gpt2 --layer-map groups-2`."""
 
 import argparse
 
@@ -12,22 +12,28 @@ from kvlib.cache.methods import layer_owners
 from kvlib.model.corpus import calibration_text
 from kvlib.model.load import Model, open_model
 
-CALIBRATION_CHUNKS = 32
+CALIBRATION_CHUNKS, CALIBRATION_TOKENS = 32, 1024
 
 
-def calibration_ids(model: Model, n_chunks: int = CALIBRATION_CHUNKS, seed: int = 0) -> Tensor:
-    """Stretches of calibration text, ids [n, T] of at most 1,024 tokens, drawn at random; random ids for random weights."""
-    rng, length = np.random.default_rng(seed), min(1024, model.context_limit)
+def calibration_ids(
+    model: Model, n_chunks: int = CALIBRATION_CHUNKS, context_tokens: int = CALIBRATION_TOKENS, seed: int = 0
+) -> Tensor:
+    """Stretches of calibration text drawn at random, ids [n, T]; random ids for random weights."""
+    rng, length = np.random.default_rng(seed), min(context_tokens, model.context_limit)
     if model.weights == "random":
         return torch.from_numpy(rng.integers(0, model.spec.vocabulary, (n_chunks, length)))
     ids = model.encode(calibration_text())
     return torch.tensor([ids[start : start + length] for start in rng.integers(0, len(ids) - length, n_chunks)])
 
 
-def align(model: Model, layer_map: str = "groups-2", *, n_chunks: int = CALIBRATION_CHUNKS, seed: int = 0, **options) -> Alignment:
-    """The maps with which this model's layers read each other's stores; options as in `fit_alignment`."""
+def align(
+    model: Model, layer_map: str = "groups-2", *, n_chunks: int = CALIBRATION_CHUNKS, context_tokens: int = CALIBRATION_TOKENS,
+    seed: int = 0, **options,
+) -> Alignment:  # fmt: skip
+    """The maps with which this model's layers read each other's stores, fitted to calibration text; options as in
+    `fit_alignment`."""
     owners = layer_owners("v1", model.network.config, layer_map)
-    return fit_alignment(model.network, owners, calibration_ids(model, n_chunks, seed), **options)
+    return fit_alignment(model.network, owners, calibration_ids(model, n_chunks, context_tokens, seed), **options)
 
 
 def main() -> None:

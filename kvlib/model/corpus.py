@@ -35,14 +35,13 @@ CALIBRATION = (
     "configparser",
     "csv",
     "ftplib",
-    "inspect",
     "ipaddress",
-    "optparse",
     "pickle",
     "subprocess",
     "tarfile",
     "zipfile",
 )
+SELECTION = ("inspect", "optparse", "typing")
 END_OF_TEXT = "<|endoftext|>"
 BYTES_PER_PACKAGE = 3_000_000
 SKIPPED_PARTS = {
@@ -69,8 +68,13 @@ def held_out_text() -> str:
 
 
 def calibration_text() -> str:
-    """What maps are fitted and layers chosen on: thirteen other modules, which the bundled models have read."""
+    """What maps are fitted on: other modules, which the bundled models have read."""
     return _modules(CALIBRATION)
+
+
+def selection_text() -> str:
+    """What layer maps are chosen on: other modules again."""
+    return _modules(SELECTION)
 
 
 def _modules(names: tuple[str, ...]) -> str:
@@ -127,13 +131,14 @@ def wikitext(split: str) -> str | None:
     return None
 
 
+def standard_library_texts() -> list[str]:
+    """The standard library, a text a module, without what is held out."""
+    return _read([p for p in _standard_library() if p.stem not in HELD_OUT])
+
+
 def training_texts(seed: int = 0) -> dict[str, list[str]]:
     """Documents by source: "stdlib", "packages", and "wikitext" where it is at hand."""
-    held_out = {f"{name}.py" for name in HELD_OUT}
-    sources = {
-        "stdlib": _read([p for p in _standard_library() if p.name not in held_out]),
-        "packages": _packages(seed),
-    }
+    sources = {"stdlib": standard_library_texts(), "packages": _packages(seed)}
     if prose := wikitext("train"):
         sources["wikitext"] = prose.split("\n \n = ")
     return sources
