@@ -48,16 +48,27 @@ def side_by_side(
     return key, value, mask if mask is None or n_kv_heads > 1 else mask[:, :1]
 
 
+def one_query_across(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """What `dense_attention` gives for t = 1 across "both", without a copy of keys and values: logits are sums over KV heads."""
+    batch, n_heads, _, _ = query.shape
+    logits = (query.view(batch, n_heads, key.shape[1], -1).transpose(1, 2) @ key.mT).sum(1) * scaling
+    weights = logits if mask is None else logits.masked_fill(~mask[:, :1, 0], -torch.inf)
+    out = weights.softmax(-1, dtype=torch.float32).to(value.dtype)[:, None] @ value
+    return out.transpose(1, 2).reshape(batch, n_heads, 1, -1)
+
+
 def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, across: str | None = None
 ) -> Tensor:
     """Attention of the newest t queries over all T keys: query [B, H, t, D], key and value [B, H_kv, T, D] -> [B, H, t, D].
 
-    `mask` [B, 1 or H_kv, t, T] is True (or 0) where a key is visible; None means causal. At t = 1 the query heads of a
+    `mask` bool [B, 1 or H_kv, t, T] is True where a key is visible; None means causal. At t = 1 the query heads of a
     group are packed as the queries of their KV head: the keys are read once, where torch's `enable_gqa` reads them per
     query head on a CPU. Where `across` names "keys", "values" or "both", every query head reads all KV heads of these as
     one long head: a query, or what it gets, then has H_kv D channels.
     """
+    if across == "both" and query.shape[2] == 1:
+        return one_query_across(query, key, value, mask, scaling)
     if across:
         key, value, mask = side_by_side(key, value, mask, across)
     batch, n_heads, t, head_dim = query.shape

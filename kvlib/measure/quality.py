@@ -93,8 +93,9 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 
 def measure_quality(
-    model: Model, text: str, method: str, context_tokens: int, n_chunks: int, piece_tokens: int = 256, **options
-) -> dict[str, float]:
+    model: Model, text: str, method: str, context_tokens: int, n_chunks: int, piece_tokens: int = 256,
+    reference: Model | None = None, **options,
+) -> dict[str, float]:  # fmt: skip
     """Perplexity of a text through the cache, beside v1's on the same chunks (of the model `reference`, if that is given).
 
     -> perplexity and perplexity_x (over v1's, paired chunk by chunk) with 95 % bootstrap intervals over chunks,
@@ -102,10 +103,13 @@ def measure_quality(
     cache that was read through held for one sequence.
     """
     model.check_context(context_tokens)
-    rows = chunks(model.encode(text), context_tokens, n_chunks)
+    ids = model.encode(text)
+    if reference and reference.encode(text) != ids:
+        raise ValueError(f"reference: {reference.name} and {model.name} split text differently; compare their bits_per_byte.")
+    rows = chunks(ids, context_tokens, n_chunks)
     last = [context_tokens % piece_tokens] * (context_tokens % piece_tokens > 0)
     pieces = [piece_tokens] * (context_tokens // piece_tokens) + last
-    parts = [compare(model, method, some, pieces, **options).merged(1) for some in rows.split(BATCH_CHUNKS)]
+    parts = [compare(model, method, some, pieces, reference, **options).merged(1) for some in rows.split(BATCH_CHUNKS)]
     loss, v1_loss, kl, agreement = (
         np.concatenate([getattr(part, name)[:, 0] for part in parts]) for name in ("loss", "v1_loss", "kl", "agreement")
     )

@@ -68,8 +68,8 @@ def measure_recall(
 
 
 def measure_quality_and_recall(
-    model: Model, method: str, context_tokens: int, n_chunks: int, n_contexts: int, **options
+    model: Model, method: str, context_tokens: int, n_chunks: int, n_contexts: int, reference: Model | None = None, **options
 ) -> dict[str, float]:
     """`measure_quality` on held-out text and `measure_recall` in it, of caches built alike: never one without the other."""
-    quality = measure_quality(model, held_out_text(), method, context_tokens, n_chunks, **options)
+    quality = measure_quality(model, held_out_text(), method, context_tokens, n_chunks, reference=reference, **options)
     return quality | measure_recall(model, model.held_out_ids, method, context_tokens, n_contexts, **options)

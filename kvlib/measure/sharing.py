@@ -7,9 +7,11 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from kvlib.measure.quality import measure_quality
+from kvlib.measure.retrieval import measure_quality_and_recall
 from kvlib.measure.similarity import MEASURES
 from kvlib.model.align import align
 from kvlib.model.load import Model
+from kvlib.model.uptrain import distilled, uptrained
 
 
 def measure_sharing(
@@ -30,6 +32,24 @@ def measure_sharing(
     return quality | {"maps_bytes": alignment.n_bytes if alignment else 0, "fit_s": fit_s if alignment else 0.0}
 
 
+def measure_cure(
+    model: Model, method: str, cure: str, context_tokens: int, n_chunks: int, n_contexts: int, *, calibration_chunks: int,
+    uptrain_tokens: int, seed: int,
+) -> dict[str, float]:  # fmt: skip
+    """`measure_quality_and_recall` of an aligned method over the plain model's v1, once its readers are cured.
+
+    `cure`: "fitted" (maps by least squares), "distilled" (the maps trained on `uptrain_tokens`), "uptrained" (the weights too).
+    """
+    options = {}
+    if cure == "uptrained":
+        cured = uptrained(model, tokens=uptrain_tokens, seed=seed)
+    elif cure == "distilled":
+        cured, options["alignment"] = model, distilled(model, tokens=uptrain_tokens, seed=seed)
+    else:
+        cured, options["alignment"] = model, align(model, n_chunks=calibration_chunks, context_tokens=context_tokens, seed=seed)
+    return measure_quality_and_recall(cured, method, context_tokens, n_chunks, n_contexts, reference=model, **options)
+
+
 def pair_features(similarity: pd.DataFrame) -> pd.DataFrame:
     """`measure_similarity`'s rows as one row a pair of layers (owner, reader): a column for each measure of keys, of values."""
     wide = similarity.pivot_table(index=["owner", "reader"], columns="half", values=list(MEASURES))
@@ -46,12 +66,16 @@ def left_out_predictions(features: np.ndarray, target: np.ndarray) -> np.ndarray
 
 
 def foretold(pairs: pd.DataFrame, similarity: pd.DataFrame) -> pd.DataFrame:
-    """Pairs of layers (owner, reader, aligned, perplexity_x) with their similarity, and predicted_x: the perplexity that the
+    """Pairs of layers (layer_map, aligned, perplexity_x) with their similarity, and predicted_x: the perplexity that the
     similarity of keys and values foretells.
 
-    The logarithm of perplexity_x is regressed on the unexplained variance of keys and of values, in logarithms too, aligned
-    pairs and others apart; each pair is predicted from all the others.
+    `pairs` are maps in which one layer, the reader, reads the store of another, the owner. The logarithm of perplexity_x is
+    regressed on the unexplained variance of keys and of values, in logarithms too, aligned pairs and others apart; each pair
+    is predicted from all the others.
     """
+    owners = [[int(owner) for owner in layer_map.split()] for layer_map in pairs.layer_map]
+    reader = [next(i for i, owner in enumerate(of) if i != owner) for of in owners]
+    pairs = pairs.assign(reader=reader, owner=[of[i] for of, i in zip(owners, reader)])
     merged, parts = pairs.merge(pair_features(similarity), on=["owner", "reader"]), []
     for aligned, part in merged.groupby("aligned"):
         span = "layer" if aligned else "head"

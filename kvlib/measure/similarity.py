@@ -2,6 +2,7 @@
 
 from itertools import combinations
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +26,7 @@ def projection(network, layer: int, half: str) -> Tensor:
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Centred kernel alignment of two views [n, p], [n, q] of the same tokens, linear kernels (Kornblith et al. 2019): 0 to 1."""
+    """Centred kernel alignment of two views [n, p], [n, q] of the same tokens, linear (Kornblith et al. 2019): 0 to 1."""
     x, y = x - x.mean(0), y - y.mean(0)
     return float((x.mT @ y).norm() ** 2 / ((x.mT @ x).norm() * (y.mT @ y).norm()))
 
@@ -59,3 +60,12 @@ def measure_similarity(model: Model, n_chunks: int, context_tokens: int, seed: i
             alike = F.cosine_similarity(*weights, 0).item(), linear_cka(*views), *(explained(x, y, span) for span in SPANS)
             found.append({"owner": owner, "reader": reader, "half": half, **dict(zip(MEASURES, alike))})
     return found
+
+
+def as_square(similarity: pd.DataFrame) -> pd.DataFrame:
+    """The pairs as cells of a square with columns `layer` and `other_layer`: keys above the diagonal, values below."""
+    keys, values = (similarity[similarity.half == half] for half in ("keys", "values"))
+    return pd.concat([
+        keys.rename(columns={"reader": "layer", "owner": "other_layer"}),
+        values.rename(columns={"owner": "layer", "reader": "other_layer"}),
+    ])  # fmt: skip

@@ -22,7 +22,7 @@ from kvlib.cache.methods import build_cache
 from kvlib.cache.sharing import in_words
 from kvlib.malloc import keep_freed_memory
 from kvlib.model import corpus, load
-from kvlib.model.align import align
+from kvlib.model.align import CALIBRATION_CHUNKS, align
 from kvlib.model.bundled import Recipe
 from kvlib.model.load import Model, open_model
 from kvlib.model.train import Batches
@@ -63,7 +63,8 @@ def uptrain(model: Model, layer_map: str, tokens: int, seed: int, weights: bool)
     keep_freed_memory()
     student = Model(model.name, None, model.weights, model.device, torch.float32)
     student.network, student.tokenizer = copy.deepcopy(model.network).float(), model.tokenizer
-    alignment, network = align(student, layer_map, seed=seed), student.network
+    n_chunks = max(min(CALIBRATION_CHUNKS, tokens // CONTEXT_TOKENS), 1)  # no more text than training reads
+    alignment, network = align(student, layer_map, n_chunks=n_chunks, seed=seed), student.network
     groups = [(MAPS_RATE, [p for maps in alignment.layers.values() for p in maps.parameters()])]
     groups += [(WEIGHTS_RATE, list(network.parameters()))] * weights
     parameters = [parameter.requires_grad_(True) for _, some in groups for parameter in some]
