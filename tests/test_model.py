@@ -13,7 +13,7 @@ from kvlib import paths
 from kvlib.measure import quality
 from kvlib.model import corpus, load, recall
 from kvlib.model.bundled import RECIPES
-from kvlib.model.train import Batches, context_at, learning_rate_scale, make_optimizers, train_step
+from kvlib.model.train import Batches, context_at, learning_rate_scale, make_optimizers, read, train_step
 
 BUNDLED = sorted(RECIPES)
 
@@ -23,7 +23,7 @@ def test_bundled_models_are_as_good_as_their_cards_say(name):
     model, card = load.open_model(name, device="cpu"), json.loads((paths.MODELS / name / "card.json").read_text())
     rows = quality.chunks(model.held_out_ids, 1024, len(model.held_out_ids) // 1025)[::8]  # an eighth of the text
     with torch.no_grad():
-        loss = torch.nn.functional.cross_entropy(model.network(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(read(model.network, rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
     n_bytes = sum(len(model.tokenizer.decode(row[1:]).encode()) for row in rows)
     bits_per_byte = loss.item() / np.log(2) * rows[:, 1:].numel() / n_bytes
     assert bits_per_byte == pytest.approx(card["held_out_bits_per_byte"], rel=0.1)

@@ -3,19 +3,26 @@
 import copy
 import itertools
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_network
 from test_methods import AMPLE, CLOSE, EVICTING, random_ids, read
 from transformers import DynamicCache
 
+from kvlib import paths
 from kvlib.cache.alignment import Alignment, LayerMaps, checksum
 from kvlib.cache.dense import DenseStore
 from kvlib.cache.fit import FittingLayer, fit_alignment, key_map
 from kvlib.cache.methods import build_cache
 from kvlib.cache.sharing import choose_greedily, in_words, one_step_on, owners_of
 from kvlib.measure.memory import held_bytes
-from kvlib.measure.similarity import explained, linear_cka
+from kvlib.measure.quality import measure_quality
+from kvlib.measure.sharing import foretold, left_out_predictions, measure_sharing, rank_correlations
+from kvlib.measure.similarity import MEASURES, explained, linear_cka
+from kvlib.model import uptrain
+from kvlib.model.corpus import held_out_text
 from kvlib.spec import ModelSpec
 from kvlib.spec import held_bytes as predicted_held_bytes
 
@@ -293,3 +300,63 @@ def test_maps_of_no_layer_are_no_maps():
     for query, output in itertools.product(([], [torch.ones(2, 4, 4)]), repeat=2):
         if query or output:
             assert LayerMaps("head", query, output, []).across is None
+
+
+# What is measured
+
+
+def test_predictions_of_left_out_points_are_exact_where_the_relation_is():
+    features = np.random.default_rng(0).normal(size=(12, 2))
+    target = 3 + features @ [2.0, -1.0]
+    np.testing.assert_allclose(left_out_predictions(features, target), target, atol=1e-9)
+    target[5] += 100  # its own value is not among those that predict it
+    assert abs(left_out_predictions(features, target)[5] - (target[5] - 100)) < 1e-6
+
+
+def test_what_is_foretold_ranks_with_what_is_measured():
+    pairs = [in_words(owners) for owners in one_step_on((0, 1, 2, 3))]
+    similarity = pd.DataFrame(
+        {"owner": i, "reader": j, "half": half, **{measure: 1 - 0.1 * (j - i) - 0.01 * i for measure in MEASURES}}
+        for i, j in itertools.combinations(range(4), 2) for half in ("keys", "values")
+    )  # fmt: skip
+    measured = pd.DataFrame({"layer_map": layer_map, "aligned": aligned} for layer_map in pairs for aligned in (False, True))
+    reader = [next(i for i, owner in enumerate(owners_of(m, 4)) if owner != i) for m in measured.layer_map]
+    distance = [i - owners_of(m, 4)[i] for m, i in zip(measured.layer_map, reader)]
+    told = foretold(measured.assign(perplexity_x=np.exp(distance)), similarity)
+    assert len(told) == 12 and (told.reader > told.owner).all()
+    ranks = rank_correlations(told).set_index(["measure", "aligned"]).rank_correlation
+    assert ranks["cka_keys", False] < -0.9 and ranks["predicted_x", True] > 0.5
+
+
+def test_a_chosen_map_and_its_maps_are_measured_together(tiny_gpt2):
+    kwargs = dict(context_tokens=128, n_chunks=1, calibration_chunks=4)
+    plain, aligned = (
+        measure_sharing(tiny_gpt2, held_out_text(), "0 1 1 3 4 5 6 7", aligned=aligned, **kwargs) for aligned in (False, True)
+    )
+    assert aligned["perplexity_x"] < plain["perplexity_x"] and aligned["held_bytes"] == plain["held_bytes"]
+    assert plain["maps_bytes"] == 0 < aligned["maps_bytes"]
+    own = measure_sharing(tiny_gpt2, held_out_text(), "own", aligned=True, **kwargs)
+    assert own["perplexity_x"] == pytest.approx(1) and own["maps_bytes"] == 0
+
+
+def test_another_tokenizer_is_no_reference(tiny_gpt2):
+    other = copy.copy(tiny_gpt2)
+    other.encode = lambda text: [0] * 500
+    with pytest.raises(ValueError, match="split text differently"):
+        measure_quality(tiny_gpt2, held_out_text(), "v1", 64, 1, reference=other)
+
+
+def test_uptraining_is_kept_and_leaves_the_model_alone(tiny_gpt2, tmp_path, monkeypatch):
+    """Two steps: enough to see that every part is trained, kept and found again."""
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    before, options = checksum(tiny_gpt2.network), dict(tokens=4096, seed=1)
+    with torch.enable_grad():
+        maps, sharing = uptrain.distilled(tiny_gpt2, **options), uptrain.uptrained(tiny_gpt2, **options)
+    assert checksum(tiny_gpt2.network) == before == maps.model != checksum(sharing.network)
+    monkeypatch.setattr(uptrain, "uptrain", None)  # nothing is trained twice
+    assert uptrain.distilled(tiny_gpt2, **options).layers[1].query[0].equal(maps.layers[1].query[0])
+    assert uptrain.uptrained(tiny_gpt2, **options).source == sharing.source
+    quality = measure_quality(sharing, held_out_text(), "v3a", 128, 1, reference=tiny_gpt2)
+    assert quality["perplexity_x"] < 3 and quality["perplexity"] > 1
+    with pytest.raises(ValueError, match="another model"):
+        build_cache("v3a", sharing.network, alignment=maps)

@@ -49,7 +49,7 @@ def side_by_side(
 
 
 def one_query_across(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """What `dense_attention` gives for t = 1 across "both", without a copy of keys and values: logits are sums over KV heads."""
+    """`dense_attention` for t = 1 across "both", without a copy of keys and values: logits are sums over KV heads."""
     batch, n_heads, _, _ = query.shape
     logits = (query.view(batch, n_heads, key.shape[1], -1).transpose(1, 2) @ key.mT).sum(1) * scaling
     weights = logits if mask is None else logits.masked_fill(~mask[:, :1, 0], -torch.inf)
