@@ -72,6 +72,19 @@ def held_bytes(
     return n_owners * of_layer + (half != "both") * (spec.n_layers - n_owners) * of_layer // 2
 
 
+def n_readers(spec: ModelSpec, method: str) -> int:
+    """Layers that read another's store through maps; 0 for methods that align nothing."""
+    chosen = get_method(method)
+    owners = composed(owners_of(chosen.layer_map, spec.n_layers), spec.layer_owners)
+    return chosen.aligned * (spec.n_layers - len(set(owners)))
+
+
+def maps_params(spec: ModelSpec, method: str) -> int:
+    """Numbers in the maps of an aligned method whose readers read whole layers: of queries, of outputs, and biases."""
+    wide = spec.n_kv_heads * spec.head_dim
+    return n_readers(spec, method) * spec.head_dim * ((spec.n_kv_heads + spec.n_heads) * wide + spec.n_heads)
+
+
 def step_workspace_bytes(spec: ModelSpec, method: str, batch: int, tokens: int) -> int:
     """Bytes a decode step needs besides the cache, in its larger moment: attention of one layer, or MLP and logits.
 
@@ -108,10 +121,11 @@ def forward_flops(
 
 
 def decode_step_flops(spec: ModelSpec, method: str, batch: int, context: int) -> int:
-    """FLOPs of making one token when `context` tokens (the new one included) are in sight."""
+    """FLOPs of making one token when `context` tokens (the new one included) are in sight; aligned readers see whole layers."""
     cached = get_method(method).store is not None
-    past = context - 1 if cached else 0
-    return sum(forward_flops(spec, batch, context - past, past).values())
+    past, wide = context - 1 if cached else 0, spec.n_kv_heads * spec.head_dim
+    of_reader = 4 * spec.n_heads * (wide * spec.head_dim + context * (wide - spec.head_dim))  # maps, longer heads
+    return sum(forward_flops(spec, batch, context - past, past).values()) + batch * n_readers(spec, method) * of_reader
 
 
 def decode_step_bytes(spec: ModelSpec, method: str, batch: int, context: int) -> int:
@@ -121,7 +135,7 @@ def decode_step_bytes(spec: ModelSpec, method: str, batch: int, context: int) ->
     the dequantised copy, which is counted: codes in, copy out, copy in again. Pages are counted as a kernel that reads codes
     would read them: every held byte once.
     """
-    weights = spec.n_params * spec.dtype.itemsize
+    weights = (spec.n_params + maps_params(spec, method)) * spec.dtype.itemsize
     chosen = get_method(method)
     if chosen.store is None:
         return weights

@@ -23,7 +23,7 @@ from kvlib.measure.sharing import foretold, left_out_predictions, measure_sharin
 from kvlib.measure.similarity import MEASURES, explained, linear_cka
 from kvlib.model import uptrain
 from kvlib.model.corpus import held_out_text
-from kvlib.spec import ModelSpec
+from kvlib.spec import ModelSpec, decode_step_flops, maps_params
 from kvlib.spec import held_bytes as predicted_held_bytes
 
 PAIRS = (0, 0, 2, 2)
@@ -205,9 +205,14 @@ def test_maps_add_nothing_per_token_and_survive_copies(network):
     twin = copy.deepcopy(caches[1])
     assert twin.layers[1].maps is caches[1].layers[1].maps is alignment.layers[1]
     spec = ModelSpec.of(network)
-    of_keys = spec.n_kv_heads * spec.head_dim * spec.n_kv_heads * spec.head_dim
-    of_values = spec.n_heads * spec.n_kv_heads * spec.head_dim * spec.head_dim
-    assert alignment.n_bytes == 2 * 4 * (of_keys + of_values + spec.n_heads * spec.head_dim)
+    assert alignment.n_bytes == 4 * maps_params(spec, "v3a") > maps_params(spec, "v3") == 0
+    if spec.n_kv_heads == spec.n_heads:  # as large as the projections that the readers no longer need
+        assert alignment.n_bytes == 4 * 2 * (spec.hidden * 2 * spec.hidden + spec.hidden)
+    more = decode_step_flops(spec, "v3a", 1, 50) - decode_step_flops(spec, "v3", 1, 50)
+    maps = alignment.layers[1]
+    multiplied = maps.query[0].numel() * spec.n_heads // spec.n_kv_heads + maps.output[0].numel()
+    longer = 2 * 50 * spec.n_heads * (spec.n_kv_heads - 1) * spec.head_dim  # logits, and values
+    assert more == 2 * 2 * (multiplied + longer)  # multiplications and additions of two readers
 
 
 def test_a_low_rank_costs_fewer_bytes_and_the_full_rank_is_exact():
