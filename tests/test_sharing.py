@@ -106,6 +106,17 @@ def test_pages_are_shared_like_dense_keys_and_values(network, name):
     assert len({id(layer.store) for layer in cache.layers}) == 2
 
 
+def test_a_fork_of_a_shared_cache_holds_each_page_once(network):
+    cache = build_cache("kivi-4", network, layer_map="groups-2")
+    read(network, random_ids(1, 200), cache)
+    pool, twin = cache.layers[0].store.pool, cache.fork()
+    assert twin.layers[1].store is twin.layers[0].store is not cache.layers[0].store
+    assert set(pool.references.tolist()) <= {0, 2}
+    for which in (cache, twin):
+        which.reset()
+    assert not pool.references.any()
+
+
 @pytest.mark.parametrize("name", EVICTING)
 def test_readers_of_one_store_vote_together(network, name):
     cache = build_cache(name, network, layer_map="groups-2", budget=160, capacity_tokens=250)

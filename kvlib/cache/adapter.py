@@ -117,7 +117,7 @@ class KVCache(Cache):
 
     def fork(self) -> "KVCache":
         """An independent copy. Pages are shared until one of the two needs another content: no key or value is copied."""
-        stores = [layer.store for layer in self.layers if hasattr(layer.store, "pool")]
+        stores = {id(layer.store): layer.store for layer in self.layers if hasattr(layer.store, "pool")}.values()
         twin = copy.deepcopy(self, {id(store.pool): store.pool for store in stores})
         for store in stores:
             if store.table:

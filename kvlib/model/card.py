@@ -70,6 +70,12 @@ def render(card: dict) -> str:
         f"| {p['tokens'] / 1e6:.1f} | {p['context']} | {p['held_out_nats']:.3f} | {p['recall']:.0%} |"
         for p in card["curve"]
     ]
+    owners = recipe["config"].get("layer_owners")
+    shares = (
+        f"- Trained with layers that share keys and values: each reads those of layer {' '.join(map(str, owners))}, through a\n"
+        "  cache (`v1`). What the other layers project for themselves is never used.\n"
+        if owners else ""
+    )  # fmt: skip
     sources = ", ".join(f"{source} {n / 1e6:.1f} M" for source, n in card["text_tokens"].items())
     return f"""# {card["name"]}
 
@@ -83,7 +89,7 @@ A {card["n_params"] / 1e6:.1f} M-parameter {recipe["config"]["model_type"]} for 
 - Held-out standard library ({", ".join(corpus.HELD_OUT)}), context {card["context_tokens"]}:
   **{card["held_out_bits_per_byte"]:.3f} bits per byte**, perplexity {card["held_out_perplexity"]:.1f} per token;
   `xz -9e` needs {card["xz_bits_per_byte"]:.3f} bits per byte.
-{wikitext}
+{wikitext}{shares}
 ## Needles found, by context (tokens) and depth (0 = earliest)
 
 One of 8 notes asked for after the whole context was read; chance {next(iter(needles.values()))[0]["chance"]:.1%}.
