@@ -12,7 +12,7 @@ from test_methods import AMPLE, CLOSE, EVICTING, random_ids, read
 from transformers import DynamicCache
 
 from kvlib import paths
-from kvlib.cache.alignment import Alignment, LayerMaps, checksum
+from kvlib.cache.alignment import Alignment, checksum
 from kvlib.cache.dense import DenseStore
 from kvlib.cache.fit import FittingLayer, fit_alignment, key_map
 from kvlib.cache.methods import build_cache
@@ -310,12 +310,6 @@ def test_similarity_is_one_for_what_is_the_same_up_to_a_linear_map_and_near_zero
     assert linear_cka(views[0], views[1]) == pytest.approx(1, abs=1e-5) and linear_cka(views[0], views[2]) < 0.1
     assert explained(x, turned, "layer") == pytest.approx(1, abs=1e-3) and explained(x, turned, "head") < 0.8
     assert explained(x, noise, "layer") < 0.05
-
-
-def test_maps_of_no_layer_are_no_maps():
-    for query, output in itertools.product(([], [torch.ones(2, 4, 4)]), repeat=2):
-        if query or output:
-            assert LayerMaps("head", query, output, []).across is None
 
 
 # What is measured

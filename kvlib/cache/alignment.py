@@ -21,19 +21,25 @@ from kvlib.cache.sharing import in_words
 SPANS = ("head", "layer")
 
 
+def across(half: str, span: str) -> str | None:
+    """The halves that a reader of this span reads across the owner's heads."""
+    return half if span == "layer" else None
+
+
 class LayerMaps(nn.Module):
     """The maps of one reader, each a list of factors that are applied one behind the other; an empty list is the identity.
 
     `query`, [H_kv, D, C] in all, is applied to the queries of a KV head; `output`, [H, C, D], and `bias` [H, D] to what each
-    query head fetched. C is D, or H_kv D with the span "layer". A reader that has its own keys, or values, has no map for them.
+    query head fetched. C is D; or H_kv D for the halves of the owner that are read `across` heads: "keys", "values", "both",
+    or None. A reader that has its own keys, or values, has no map for them.
     """
 
-    def __init__(self, span: str, query: list[Tensor], output: list[Tensor], bias: list[Tensor]):
+    def __init__(self, across: str | None, query: list[Tensor], output: list[Tensor], bias: list[Tensor]):
         super().__init__()
+        self.across = across
         self.query, self.output, self.bias = (
             nn.ParameterList(nn.Parameter(x, False) for x in maps) for maps in (query, output, bias)
         )
-        self.across = ("both" if query and output else "keys" if query else "values") if span == "layer" else None
 
     def __deepcopy__(self, memo) -> "LayerMaps":
         return self  # copies of a cache read with the same maps
@@ -100,7 +106,7 @@ class Alignment:
         for layer in sorted({int(name.split(".")[0]) for name in tensors}):
             parts = [[tensors[n].to(device, dtype) for n in sorted(tensors) if n.startswith(f"{layer}.{part}.")]
                      for part in ("query", "output", "bias")]  # fmt: skip
-            layers[layer] = LayerMaps(about["span"], *parts)
+            layers[layer] = LayerMaps(across(about["half"], about["span"]), *parts)
         return cls(owners, about["half"], about["span"], about["model"], layers)
 
 

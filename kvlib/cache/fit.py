@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvlib.cache.adapter import KVCache, KVLayer
-from kvlib.cache.alignment import SPANS, Alignment, LayerMaps, checksum
+from kvlib.cache.alignment import SPANS, Alignment, LayerMaps, across, checksum
 from kvlib.cache.attention import attention_through_cache, dense_attention
 from kvlib.cache.dense import DenseStore
 from kvlib.cache.sharing import HALVES
@@ -73,6 +73,16 @@ def factors(matrix: Tensor, rank: int | None) -> list[Tensor]:
     return [matrix.bfloat16().to(matrix.dtype)]
 
 
+def output_map(fetched: Tensor, wanted: Tensor, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
+    """What turns what a head fetched [B, H, T, C] into what it wanted [B, H, T, D]: factors of [H, C, D], and a bias [H, D]."""
+    x, y = rows(fetched.float()), rows(wanted.float())
+    mean_x, mean_y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+    found, mapped = factors(ridge(x - mean_x, y - mean_y), rank), mean_x
+    for factor in found:
+        mapped = mapped @ factor
+    return found, [(mean_y - mapped)[:, 0].bfloat16().float()]
+
+
 class FittingLayer(KVLayer):
     """A reader that knows its own keys and values too, and fits its maps before it attends for the first time."""
 
@@ -86,23 +96,15 @@ class FittingLayer(KVLayer):
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         (own_key, own_value), (key, _) = self.own, self.store.read()
-        query_map, output_map, bias = [], [], []
+        wide, queries, outputs, bias = across(self.half, self.span), [], [], []
         if self.half != "values":
-            query_map = factors(key_map(key.float(), own_key.float(), self.span, self.rotary).mT, self.rank)
+            found = key_map(key.float(), own_key.float(), self.span, self.rotary).mT
+            queries = [x.to(query.dtype) for x in factors(found, self.rank)]
         if self.half != "keys":
+            fetched = LayerMaps(wide, queries, [], []).attend(self.store, query, mask, scaling)
             wanted = dense_attention(query, own_key, own_value, mask, scaling)
-            maps = LayerMaps(self.span, query_map, [], [])
-            maps.across = maps.across and ("both" if query_map else "values")
-            fetched = maps.attend(self.store, query, mask, scaling)
-            x, y = rows(fetched.float()), rows(wanted.float())
-            middle_x, middle_y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
-            output_map = factors(ridge(x - middle_x, y - middle_y), self.rank)
-            back = middle_x
-            for factor in output_map:
-                back = back @ factor
-            bias = [(middle_y - back)[:, 0].bfloat16().float()]
-        parts = ([x.to(query.dtype) for x in maps] for maps in (query_map, output_map, bias))
-        self.maps = LayerMaps(self.span, *parts)
+            outputs, bias = ([x.to(query.dtype) for x in part] for part in output_map(fetched, wanted, self.rank))
+        self.maps = LayerMaps(wide, queries, outputs, bias)
         return super().attend(query, mask, scaling)
 
 
