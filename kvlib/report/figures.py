@@ -112,13 +112,22 @@ def stacked_bars(frame, x, y, stack, *, ylabel=None, **saving):
     return save(figure, **saving)
 
 
-def scatter(frame, x, y, *, hue="method", label="method", reference=None, log="", xlabel=None, ylabel=None, **saving):
-    """A marker per row with its label beside it, as quality against bytes."""
+def scatter(
+    frame, x, y, *, hue="method", label="method", reference=None, diagonal=None, log="", xlabel=None, ylabel=None, **saving
+):
+    """A marker per row, as quality against bytes, with its `label` beside it, if any; other hues than that get a legend.
+
+    `diagonal` is what the line x = y is called, where it is wanted.
+    """
     refuse_random_quality(frame, [x, y])
     frame = frame.dropna(subset=[x, y])
     figure, ax = _canvas(2.4)
-    _legend(figure, _more_keys(frame.iloc[:0], ax.axhline, reference, shown(y)[1]))
-    _labelled_points(ax, frame, x, y, hue, numbers(frame[label]), log, xlabel, ylabel)
+    names = looks(frame[hue]) if label != hue else {}
+    keys = [Line2D([], [], color=c, marker=m, linestyle="", label=str(name)) for name, (c, m) in names.items()]
+    ends = [min(frame[x].min(), frame[y].min()), max(frame[x].max(), frame[y].max())]
+    keys += ax.plot(ends, ends, color="0.2", label=diagonal, **DASHED) if diagonal else []
+    _legend(figure, keys + _more_keys(frame.iloc[:0], ax.axhline, reference, shown(y)[1]))
+    _labelled_points(ax, frame, x, y, hue, numbers(frame[label]) if label else [], log, xlabel, ylabel)
     return save(figure, **saving)
 
 
@@ -228,7 +237,7 @@ def _labelled_points(ax, frame, x, y, hue, labels, log, xlabel, ylabel) -> None:
     _axes(ax, x, y, log, xlabel, ylabel)
     ax.figure.draw_without_rendering()  # settles where everything is
     taken = [Bbox.from_bounds(*pixel - 5, 10, 10) for pixel in ax.transData.transform(points)]
-    for point, label in zip(points, labels, strict=True):
+    for point, label in zip(points, labels, strict=bool(labels)):
         note = ax.annotate(label, point, (0, 0), **BESIDE)
         for reach, (dx, dy) in itertools.product((6, 10, 15, 21, 28), SIDES):
             note.set(ha={1: "left", 0: "center", -1: "right"}[np.sign(dx)], position=(reach * dx, reach * dy))

@@ -6,7 +6,7 @@ from numbers import Real
 
 import numpy as np
 
-UPPER = ("tpot", "ttft", "kv", "qkv", "kl", "mlp", "lm", "gpu", "cpu")
+UPPER = ("tpot", "ttft", "kv", "qkv", "kl", "mlp", "lm", "gpu", "cpu", "cka")
 WORDS = {**{word: word.upper() for word in UPPER}, "top1": "top-1", "flops": "FLOPs", "n": "number of"}
 UNITS = {  # how a column name ends: the unit shown, and how many of the column's units make one
     "bytes_per_s": ("GB/s", 1e9),
@@ -47,6 +47,8 @@ LOOKS = {  # colour and marker; the methods of one notebook stay apart under the
     "hybrid-5x": ("#f2a48c", ">"),
     "hybrid-8x": ("#dd5a3c", "h"),
     "hybrid-12x": ("#7f1010", "*"),
+    "plain": ("#c44601", "o"),
+    "aligned": ("#0072b2", "s"),
 }
 OTHER_COLOURS = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
 OTHER_LOOKS = list(zip(OTHER_COLOURS, "osD^vPXp<>", strict=True))
@@ -97,10 +99,11 @@ def ordered(names: Iterable) -> list:
 
 
 def looks(names: Iterable) -> dict:
-    """-> {name: (colour, marker)}, in order: a method's own; another name's follows from the name and is free here."""
+    """-> {name: (colour, marker)}, in order: a method's own, whatever words follow it; another name's follows from the name
+    and is free here."""
     chosen = {}
     for name in ordered(names):
         first = zlib.crc32(str(name).encode()) % len(OTHER_LOOKS)
         turned = OTHER_LOOKS[first:] + OTHER_LOOKS[:first]
-        chosen[name] = LOOKS.get(name) or next((look for look in turned if look not in chosen.values()), turned[0])
+        chosen[name] = LOOKS.get(name) or LOOKS.get(str(name).split(" ")[0]) or next((look for look in turned if look not in chosen.values()), turned[0])
     return chosen
