@@ -105,5 +105,6 @@ def looks(names: Iterable) -> dict:
     for name in ordered(names):
         first = zlib.crc32(str(name).encode()) % len(OTHER_LOOKS)
         turned = OTHER_LOOKS[first:] + OTHER_LOOKS[:first]
-        chosen[name] = LOOKS.get(name) or LOOKS.get(str(name).split(" ")[0]) or next((look for look in turned if look not in chosen.values()), turned[0])
+        own = LOOKS.get(name) or LOOKS.get(str(name).split(" ")[0])
+        chosen[name] = own or next((look for look in turned if look not in chosen.values()), turned[0])
     return chosen

@@ -18,6 +18,9 @@ README_TABLES = {  # marker in the README: {table: (the column whose largest val
         "03_quality": ("context_tokens", ["perplexity", "perplexity_low", "perplexity_high"]),
         "05_capacity": ("context_tokens", ["max_batch"]),
     },
+    "sharing": {
+        "03_cures": ("context_tokens", ["held_bytes", "perplexity_x", "perplexity_x_low", "perplexity_x_high", "recall"]),
+    },
     "hybrid": {
         "04_memory": ("context_tokens", ["held_bytes"]),
         "04_quality": ("context_tokens", [f"{y}{end}" for y in ("perplexity_x", "recall") for end in ("", "_low", "_high")]),
@@ -58,14 +61,15 @@ def replace_block(text: str, marker: str, content: str) -> str:
 
 
 def readme_table(marker: str, profile: str = "laptop") -> str:
-    """Markdown with a row per method: medians over the repeats at the longest context, on the device measured last."""
+    """Markdown with a row per method (and cure): medians over repeats at the longest context, on the device measured last."""
     columns, (first, (longest, _)) = [], next(iter(README_TABLES[marker].items()))
     made = read(first, profile).sort_values("date").iloc[-1]
     for table, (length, values) in README_TABLES[marker].items():
         rows = read(table, profile)
         rows = rows[(rows["device"] == made["device"]) & (rows[length] == rows[length].max())]
         refuse_random_quality(rows, values)
-        columns.append(rows.groupby("method", sort=False)[rows.columns.intersection(values)].median())
+        kinds = [c for c in ("method", "cure") if c in rows]
+        columns.append(rows.groupby(kinds, sort=False)[rows.columns.intersection(values)].median())
     software = f"torch {made['torch']}, transformers {made['transformers']}"
     where = f"{made['model']} at {made[longest]} tokens in {made['dtype']}, {made['device']}, {software}."
     return f"{_markdown(_as_text(pd.concat(columns, axis=1).reset_index()))}\n\n{where}"
