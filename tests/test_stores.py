@@ -10,7 +10,6 @@ from kvlib.cache.buffer import TokenBuffer
 from kvlib.cache.int8 import NaiveInt8Store
 from kvlib.cache.int8_fused import FusedInt8Store
 from kvlib.cache.quant import dequantize_int8, quantize_int8
-from kvlib.cache.sharing import adjacent_groups
 from kvlib.kernels.reference import reference_attention
 
 
@@ -128,10 +127,3 @@ def test_dense_attention_against_float64(n_queries, n_heads, n_kv_heads, dtype):
         ours = dense_attention(query, key, value, visible, 32**-0.5)
         floor = torch.finfo(dtype).eps  # of outputs below 1
         assert (ours.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max() + floor
-
-
-def test_adjacent_groups():
-    assert adjacent_groups(5, 2) == (0, 0, 2, 2, 4)
-    for bad in (0, 6):
-        with pytest.raises(ValueError, match="expected 1 to 5"):
-            adjacent_groups(5, bad)
