@@ -19,7 +19,13 @@ from kvlib.cache.methods import build_cache
 from kvlib.cache.sharing import choose_greedily, in_words, one_step_on, owners_of
 from kvlib.measure.memory import held_bytes
 from kvlib.measure.quality import measure_quality
-from kvlib.measure.sharing import foretold, left_out_predictions, measure_sharing, rank_correlations
+from kvlib.measure.sharing import (
+    foretold,
+    left_out_predictions,
+    measure_sharing,
+    over_seeds,
+    rank_correlations,
+)
 from kvlib.measure.similarity import MEASURES, explained, linear_cka
 from kvlib.model import uptrain
 from kvlib.model.corpus import held_out_text
@@ -336,6 +342,17 @@ def test_what_is_foretold_ranks_with_what_is_measured():
     assert len(told) == 12 and (told.reader > told.owner).all()
     ranks = rank_correlations(told).set_index(["measure", "aligned"]).rank_correlation
     assert ranks["cka_keys", False] < -0.9 and ranks["predicted_x", True] > 0.5
+
+
+def test_seeds_are_averaged_and_their_widest_interval_is_kept():
+    numbers = dict(held_bytes=8, perplexity=2.0, recall=0.5)
+    rows = pd.DataFrame(
+        dict(method="v3a", cure="fitted", weights="trained-small", seed=i, perplexity_x=x, perplexity_x_low=x - 0.1,
+             perplexity_x_high=x + 0.2, **numbers) for i, x in enumerate((1.0, 1.5))
+    )  # fmt: skip
+    [found] = over_seeds(rows).to_dict("records")
+    assert (found["perplexity_x"], found["perplexity_x_low"], found["perplexity_x_high"]) == (1.25, 0.9, 1.7)
+    assert (found["method"], found["held_bytes"], found["recall"]) == ("v3a", 8, 0.5)
 
 
 def test_a_chosen_map_and_its_maps_are_measured_together(tiny_gpt2):

@@ -50,6 +50,13 @@ def measure_cure(
     return measure_quality_and_recall(cured, method, context_tokens, n_chunks, n_contexts, reference=model, **options)
 
 
+def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row for each method and cure: means over seeds, and the widest of the intervals."""
+    found = {name: (name, "mean") for name in ("held_bytes", "perplexity", "perplexity_x", "recall")}
+    found |= {f"perplexity_x_{end}": (f"perplexity_x_{end}", widest) for end, widest in (("low", "min"), ("high", "max"))}
+    return rows.groupby(["method", "cure", "weights"], sort=False).agg(**found).reset_index()
+
+
 def pair_features(similarity: pd.DataFrame) -> pd.DataFrame:
     """`measure_similarity`'s rows as one row a pair of layers (owner, reader): a column for each measure of keys, of values."""
     wide = similarity.pivot_table(index=["owner", "reader"], columns="half", values=list(MEASURES))
