@@ -57,6 +57,15 @@ DRAWINGS = {
 }
 
 
+def test_a_scatter_without_labels_names_its_colours_and_its_diagonal(frame):
+    plain, named = (
+        figures.scatter(frame, "tpot_ms", "perplexity", label=label, diagonal="as predicted", log="xy") for label in ("method", None)
+    )
+    words = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in (plain, named)]
+    assert words == [["as predicted"], [*METHODS, "as predicted"]]
+    assert len(texts(named)) == 0 < len(texts(plain))
+
+
 @pytest.mark.parametrize("kind", DRAWINGS)
 def test_a_redrawn_figure_has_the_same_bytes(frame, kind):
     def draw():
@@ -179,6 +188,8 @@ def test_the_readme_goes_stale_and_is_renewed(output, capsys):
     record("01_memory", {"v1": [longest | {"held_bytes": 2**20}, {"context_tokens": 1, "held_bytes": 5}]})
     record("03_quality", {"v1": longest | {"perplexity": 20.04, "perplexity_low": 19.0, "perplexity_high": 21.0}})
     record("05_capacity", {"v1": longest | {"max_batch": 12}})
+    cured = {"held_bytes": 2**21, "perplexity_x": 1.25, "recall": 0.875}
+    record("03_cures", {"v3a": [longest | cured | {"cure": cure} for cure in ("fitted", "distilled")]})
     hybrid = {"held_bytes": 2**19, "perplexity_x": 1.02, "recall": 0.99, "tpot_x": 2.0}
     for table, (_, columns) in tables.README_TABLES["hybrid"].items():
         record(table, {"hybrid-8x": longest | {column: hybrid[column] for column in columns if column in hybrid}})
@@ -186,6 +197,8 @@ def test_the_readme_goes_stale_and_is_renewed(output, capsys):
     assert capsys.readouterr().err == "README.md: its results table is stale; run python -m kvlib.report.tables.\n"
     assert tables.main([]) == 0 and tables.main(["--check"]) == 0
     assert "| v1 | 10,240 | 10.2 | 1 | 20.0 [19.0, 21.0] | 12 |" in readme.read_text()
+    for cure in ("fitted", "distilled"):
+        assert f"| v3a | {cure} | 2 | 1.25 | 0.875 |" in readme.read_text()
     assert "| hybrid-8x | 0.500 | 1.02 | 0.990 | 2 |" in readme.read_text()
     record("05_capacity", {"v1": longest | {"max_batch": 13}})
     assert tables.main(["--check"]) == 1

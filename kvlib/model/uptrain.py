@@ -8,6 +8,7 @@ trained, and better ones for the same model come of it, or all weights too, whic
 import argparse
 import copy
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
@@ -59,7 +60,11 @@ def uptrained(model: Model, layer_map: str = "groups-2", *, tokens: int = TOKENS
 
 
 def uptrain(model: Model, layer_map: str, tokens: int, seed: int, weights: bool) -> tuple[torch.nn.Module, Alignment]:
-    """A copy of the model's network, whose `weights` are trained or not, and its readers' maps, which are."""
+    """A copy of the model's network, whose `weights` are trained or not, and its readers' maps, which are.
+
+    Raises ValueError for a model of less than CONTEXT_TOKENS positions, and FloatingPointError where training diverges.
+    """
+    model.check_context(CONTEXT_TOKENS)
     keep_freed_memory()
     student = Model(model.name, None, model.weights, model.device, torch.float32)
     student.network, student.tokenizer = copy.deepcopy(model.network).float(), model.tokenizer
@@ -78,6 +83,8 @@ def uptrain(model: Model, layer_map: str, tokens: int, seed: int, weights: bool)
         ids, counts, _ = batches(step, CONTEXT_TOKENS)
         with autocast:
             loss = divergence(model.network, network, alignment, ids.to(model.device), counts.to(model.device))
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"uptrain: the divergence is {loss.item()} at step {step}; lower the learning rates.")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
