@@ -58,9 +58,8 @@ DRAWINGS = {
 
 
 def test_a_scatter_without_labels_names_its_colours_and_its_diagonal(frame):
-    plain, named = (
-        figures.scatter(frame, "tpot_ms", "perplexity", label=label, diagonal="as predicted", log="xy") for label in ("method", None)
-    )
+    how = dict(diagonal="as predicted", log="xy")
+    plain, named = (figures.scatter(frame, "tpot_ms", "perplexity", label=label, **how) for label in ("method", None))
     words = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in (plain, named)]
     assert words == [["as predicted"], [*METHODS, "as predicted"]]
     assert len(texts(named)) == 0 < len(texts(plain))
