@@ -99,7 +99,7 @@ class Alignment:
             with safe_open(file, "pt") as stored:
                 about, tensors = stored.metadata() or {}, {name: stored.get_tensor(name) for name in stored.keys()}
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file}: no alignment can be read here ({error}); fit one and save it.") from error
+            raise ValueError(f"{file}: no alignment can be read here ({error}); run `python -m kvlib.model.align`.") from error
         if about.get("sha256") != digest_of(tensors):
             raise ValueError(f"{file}: corrupt, or no alignment: its checksum differs; restore it or fit it anew.")
         owners, layers = tuple(int(owner) for owner in about["owners"].split()), {}
