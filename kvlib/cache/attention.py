@@ -32,6 +32,11 @@ def attention_backend(device: str, dtype: torch.dtype) -> str:
     return "flash_attention_2" if usable else "sdpa"
 
 
+def long_head(x: Tensor) -> Tensor:
+    """All heads side by side: [B, H_kv, T, D] -> [B, 1, T, H_kv D]."""
+    return x.transpose(1, 2).flatten(2)[:, None]
+
+
 def side_by_side(
     key: Tensor, value: Tensor, mask: Tensor | None, across: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -40,9 +45,9 @@ def side_by_side(
     -> views or copies [B, n, T, D or H_kv D], n = 1 if nothing keeps its heads, and the mask that goes with them.
     """
     if across in ("keys", "both"):
-        key = key.transpose(1, 2).flatten(2)[:, None]
+        key = long_head(key)
     if across in ("values", "both"):
-        value = value.transpose(1, 2).flatten(2)[:, None]
+        value = long_head(value)
     n_kv_heads = max(key.shape[1], value.shape[1])
     key, value = (x.expand(-1, n_kv_heads, -1, -1) for x in (key, value))
     return key, value, mask if mask is None or n_kv_heads > 1 else mask[:, :1]

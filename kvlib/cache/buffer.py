@@ -62,12 +62,14 @@ class BufferedStore:
     halves: dict[str, tuple[str, ...]]  # names of the buffers that hold "keys", and "values"
     borrowed: tuple[str, ...] = ()
 
-    def borrow(self, half: str, owner: "BufferedStore") -> None:
-        """Read the owner's "keys", or "values", from now on, and keep none."""
-        self.borrowed = self.halves[half]
-        for name in self.borrowed:
-            self.buffers.remove(getattr(self, name))
-            setattr(self, name, getattr(owner, name))
+    def lend(self, half: str) -> "BufferedStore":
+        """A store for another layer, which reads this one's "keys", or "values", and keeps the other half itself."""
+        reader = type(self)(self.buffers[0].capacity_tokens)
+        reader.borrowed = self.halves[half]
+        for name in reader.borrowed:
+            reader.buffers.remove(getattr(reader, name))
+            setattr(reader, name, getattr(self, name))
+        return reader
 
     def add(self, name: str, new: Tensor) -> None:
         """Append new [B, H_kv, t, C] to a buffer, unless another layer has done so."""

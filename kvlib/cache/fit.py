@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvlib.cache.adapter import KVCache, KVLayer
 from kvlib.cache.alignment import SPANS, Alignment, LayerMaps, across, checksum
-from kvlib.cache.attention import attention_through_cache, dense_attention
+from kvlib.cache.attention import attention_through_cache, dense_attention, long_head
 from kvlib.cache.dense import DenseStore
 from kvlib.cache.sharing import HALVES
 
@@ -36,11 +36,6 @@ def centred(x: Tensor) -> Tensor:
     return x - x.mean(2, keepdim=True)
 
 
-def long_head(x: Tensor) -> Tensor:
-    """[B, H_kv, T, D] -> [B, 1, T, H_kv D]."""
-    return x.transpose(1, 2).flatten(2)[:, None]
-
-
 def key_map(owner: Tensor, own: Tensor, span: str, rotary: bool) -> Tensor:
     """What turns the owner's keys [B, H_kv, T, D] into the reader's, per KV head of the reader: [H_kv, C, D]."""
     if rotary:
@@ -52,7 +47,6 @@ def key_map(owner: Tensor, own: Tensor, span: str, rotary: bool) -> Tensor:
 def rotary_key_map(owner: Tensor, own: Tensor, span: str) -> Tensor:
     """`key_map` where channels f and f + D / 2 are one complex number that positions rotate."""
     x, y = (torch.complex(*(half.contiguous() for half in rows(k).chunk(2, -1))) for k in (owner, own))  # [H_kv, n, F]
-    n_heads, _, n_frequencies = x.shape
     if span == "layer":
         found = ridge(x.permute(2, 1, 0), y.permute(2, 1, 0)).permute(1, 2, 0)  # [from, to, F]
     else:
@@ -62,7 +56,7 @@ def rotary_key_map(owner: Tensor, own: Tensor, span: str) -> Tensor:
     blocks = torch.cat([torch.cat([real, imaginary], -1), torch.cat([-imaginary, real], -1)], -2)  # [from, to, D, D]
     if span == "layer":
         return blocks.transpose(0, 1).flatten(1, 2)
-    return blocks[range(n_heads), range(n_heads)]
+    return blocks.diagonal(dim1=0, dim2=1).movedim(-1, 0)
 
 
 def factors(matrix: Tensor, rank: int | None) -> list[Tensor]:
@@ -127,10 +121,7 @@ def fit_alignment(
         if layer == owner:
             layers.append(KVLayer(DenseStore(ids.shape[1])))
             continue
-        store = layers[owner].store
-        if half != "both":
-            store = DenseStore(ids.shape[1])
-            store.borrow(half, layers[owner].store)
+        store = layers[owner].store if half == "both" else layers[owner].store.lend(half)
         layers.append(FittingLayer(store, half != "both", half, span, rank, rotary))
     with attention_through_cache(network):
         network(ids.to(network.device), past_key_values=KVCache(layers), logits_to_keep=1)

@@ -140,9 +140,6 @@ def build_cache(
 
 def make_layer(stores: dict[int, object], layer: int, owner: int, half: str, maps) -> KVLayer:
     """A layer that writes its own store, reads its owner's, or keeps one half and reads the other."""
-    store = stores[owner]
     if layer == owner or half == "both":
-        return KVLayer(store, writes=layer == owner, maps=maps)
-    mixed = type(store)(store.key.capacity_tokens)
-    mixed.borrow(half, store)
-    return KVLayer(mixed, maps=maps)
+        return KVLayer(stores[owner], writes=layer == owner, maps=maps)
+    return KVLayer(stores[owner].lend(half), maps=maps)

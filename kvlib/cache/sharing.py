@@ -38,17 +38,12 @@ def in_words(owners: tuple[int, ...]) -> str:
     return " ".join(map(str, owners))
 
 
-def joined(owners: tuple[int, ...], reader: int, owner: int) -> tuple[int, ...]:
-    """The map in which layer `reader`, and whoever read its store, read the store of layer `owner` instead."""
-    return tuple(owner if i == reader else i for i in owners)
-
-
 def one_step_on(owners: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """All maps in which one owner less is left."""
+    """All maps in which one owner less is left: it, and whoever read its store, read an earlier owner's instead."""
     kept = sorted(set(owners))
     for place, reader in enumerate(kept):
         for owner in kept[:place]:
-            yield joined(owners, reader, owner)
+            yield tuple(owner if i == reader else i for i in owners)
 
 
 def choose_greedily(n_layers: int, n_shared: int, damage: Callable[[tuple[int, ...]], float]) -> list[tuple[int, ...]]:

@@ -13,6 +13,8 @@ from kvlib.model.align import align
 from kvlib.model.load import Model
 from kvlib.model.uptrain import distilled, uptrained
 
+CURES = ("fitted", "distilled", "uptrained")
+
 
 def measure_sharing(
     model: Model, text: str, layer_map: str, context_tokens: int, n_chunks: int, *, aligned: bool, method: str = "v1",
@@ -40,6 +42,8 @@ def measure_cure(
 
     `cure`: "fitted" (maps by least squares), "distilled" (the maps trained on `uptrain_tokens`), "uptrained" (the weights too).
     """
+    if cure not in CURES:
+        raise ValueError(f"cure: expected one of {', '.join(CURES)}; got {cure!r}.")
     options = {}
     if cure == "uptrained":
         cured = uptrained(model, tokens=uptrain_tokens, seed=seed)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvlib.cache.alignment import SPANS
-from kvlib.cache.attention import attention_through_cache
-from kvlib.cache.fit import centred, key_map, long_head, rows
+from kvlib.cache.attention import attention_through_cache, long_head
+from kvlib.cache.fit import centred, key_map, rows
 from kvlib.cache.methods import build_cache
 from kvlib.model.align import calibration_ids
 from kvlib.model.load import Model
@@ -40,13 +40,13 @@ def explained(source: Tensor, target: Tensor, span: str) -> float:
 
 
 @torch.no_grad()
-def measure_similarity(model: Model, n_chunks: int, context_tokens: int, seed: int = 0) -> list[dict]:
+def measure_similarity(model: Model, n_chunks: int, context_tokens: int) -> list[dict]:
     """Every pair of layers, one row for the keys and one for the values: owner, reader (the later one), half, and MEASURES.
 
     weight_cosine compares the projections, entry by entry; cka and the explained variance what they make of calibration text:
     of one KV head by the owner's same head, or by all of the owner's heads. Rotated keys are compared as the cache holds them.
     """
-    ids = calibration_ids(model, n_chunks, context_tokens, seed)
+    ids = calibration_ids(model, n_chunks, context_tokens)
     cache = build_cache("v1", model.network, capacity_tokens=ids.shape[1])
     with attention_through_cache(model.network):
         model.network(ids.to(model.device), past_key_values=cache, logits_to_keep=1)

@@ -18,12 +18,11 @@ CALIBRATION_CHUNKS, CALIBRATION_TOKENS = 32, 1024
 def calibration_ids(
     model: Model, n_chunks: int = CALIBRATION_CHUNKS, context_tokens: int = CALIBRATION_TOKENS, seed: int = 0
 ) -> Tensor:
-    """Stretches of calibration text drawn at random, ids [n, T]; random ids for random weights."""
-    rng, length = np.random.default_rng(seed), min(context_tokens, model.context_limit)
-    if model.weights == "random":
-        return torch.from_numpy(rng.integers(0, model.spec.vocabulary, (n_chunks, length)))
+    """Stretches of calibration text drawn at random, ids [n, T]. Raises ValueError for a context beyond the model's."""
+    model.check_context(context_tokens)
     ids = model.encode(calibration_text())
-    return torch.tensor([ids[start : start + length] for start in rng.integers(0, len(ids) - length, n_chunks)])
+    starts = np.random.default_rng(seed).integers(0, len(ids) - context_tokens, n_chunks)
+    return torch.tensor([ids[start : start + context_tokens] for start in starts])
 
 
 def align(

@@ -115,12 +115,13 @@ def context_at(recipe: Recipe, tokens: int) -> int:
     return recipe.stages[-1][0]
 
 
-def read(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits [B, T, V] of ids [B, T]. A model whose layers share keys and values reads them through the map of its cache."""
-    if not getattr(model.config, "layer_owners", None):
+def read(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor | None = None, **options) -> torch.Tensor:
+    """Logits [B, T, V] of ids [B, T]. A model whose layers share keys and values, as it was trained to or as the `options` of
+    `build_cache` say, reads them through a cache."""
+    if not options and not getattr(model.config, "layer_owners", None):
         return model(ids, position_ids=positions, use_cache=False).logits
     with attention_through_cache(model):
-        cache = build_cache("v1", model, capacity_tokens=ids.shape[1])
+        cache = build_cache("v1", model, capacity_tokens=ids.shape[1], **options)
         return model(ids, position_ids=positions, past_key_values=cache).logits
 
 

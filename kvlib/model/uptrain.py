@@ -18,15 +18,13 @@ from torch.nn import functional as F
 
 from kvlib import paths
 from kvlib.cache.alignment import Alignment, checksum, file_beside
-from kvlib.cache.attention import attention_through_cache
-from kvlib.cache.methods import build_cache
 from kvlib.cache.sharing import in_words
 from kvlib.malloc import keep_freed_memory
 from kvlib.model import corpus, load
 from kvlib.model.align import CALIBRATION_CHUNKS, align
 from kvlib.model.bundled import Recipe
 from kvlib.model.load import Model, open_model
-from kvlib.model.train import Batches
+from kvlib.model.train import Batches, read
 
 TOKENS = 250_000  # under 2 % of what tiny-gpt2 was trained on
 CONTEXT_TOKENS = 1024
@@ -107,12 +105,10 @@ def make_batches(model: Model, seed: int) -> Batches:
 
 def divergence(teacher, student, alignment: Alignment, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Mean KL divergence, in nats, of the sharing student's next-token distribution from the teacher's; answers weigh more."""
+    maps = dataclasses.replace(alignment, model=checksum(student))  # they are for what it is by now
     with torch.no_grad():
-        expected = teacher(ids[:, :-1], use_cache=False).logits.float().log_softmax(-1)
-    maps = dataclasses.replace(alignment, model=checksum(student))
-    cache = build_cache("v1", student, layer_map=in_words(maps.owners), alignment=maps, capacity_tokens=weights.shape[1])
-    with attention_through_cache(student):
-        ours = student(ids[:, :-1], past_key_values=cache).logits.float().log_softmax(-1)
+        expected = read(teacher, ids[:, :-1]).float().log_softmax(-1)
+    ours = read(student, ids[:, :-1], layer_map=in_words(maps.owners), alignment=maps).float().log_softmax(-1)
     each = F.kl_div(ours, expected, log_target=True, reduction="none").sum(-1)
     return (each * weights).sum() / weights.sum()
 
