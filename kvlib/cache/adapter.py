@@ -86,6 +86,12 @@ class KVLayer(CacheLayerMixin):
         if self.writes and self.store.batch is not None:
             self.store.select(rows)
 
+    def fork(self, forked: dict[int, object]) -> "KVLayer":
+        """An independent copy; `forked` has the copies of stores by the id of what was copied."""
+        twin = copy.copy(self)
+        twin.store = self.store.fork(forked)
+        return twin
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
 
@@ -117,11 +123,8 @@ class KVCache(Cache):
 
     def fork(self) -> "KVCache":
         """An independent copy. Pages are shared until one of the two needs another content: no key or value is copied."""
-        stores = {id(layer.store): layer.store for layer in self.layers if hasattr(layer.store, "pool")}.values()
-        twin = copy.deepcopy(self, {id(store.pool): store.pool for store in stores})
-        for store in stores:
-            if store.table:
-                store.pool.retain(store.table.pages())
+        twin, forked = copy.copy(self), {}
+        twin.layers = [layer.fork(forked) for layer in self.layers]
         return twin
 
 

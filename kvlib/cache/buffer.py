@@ -1,5 +1,7 @@
 """A tensor that grows along its tokens without copying the past at every step."""
 
+import copy
+
 from torch import Tensor
 
 SLACK_TOKENS = 128
@@ -81,6 +83,10 @@ class BufferedStore:
         """Sequences stored, None before the first."""
         room = self.buffers[0].room
         return None if room is None else len(room)
+
+    def fork(self, forked: dict[int, object]) -> "BufferedStore":
+        """A copy, keys and values included; `forked` has what was copied, by id."""
+        return copy.deepcopy(self, forked)
 
     def forget(self, n_tokens: int) -> None:
         """Drop the newest tokens of every sequence."""

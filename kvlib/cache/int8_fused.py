@@ -4,6 +4,8 @@ The codes are those of the naive store, bit for bit. They lie in pages of 32 tok
 reads them too; the room of a sequence is its pages one behind the other, and needs no block table.
 """
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -94,6 +96,10 @@ class FusedInt8Store:
             visible = mask.new_zeros(len(query), operand.table.shape[2] * PAGE_TOKENS)
             visible[:, : self.length] = mask[:, 0, 0, : self.length]
         return load(self.backend).decode(query.squeeze(2), operand, scaling, visible)[0].unsqueeze(2)
+
+    def fork(self, forked: dict[int, object]) -> "FusedInt8Store":
+        """A copy, codes and scales included; `forked` has what was copied, by id."""
+        return copy.deepcopy(self, forked)
 
     def forget(self, n_tokens: int) -> None:
         """Drop the newest tokens of every sequence."""

@@ -5,6 +5,7 @@ token is filed first, and a kernel reads the pages as they lie there; more are a
 dequantised.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -98,19 +99,31 @@ class PagedStore:
 
     def _require(self, batch: int, n_heads: int, t: int) -> None:
         """Ask the pool for all pages that `t` more tokens may need in all layers, before any layer changes."""
-        n_seen, need = t + (int(self.table.n_seen.max()) if self.table else 0), Counter()
+        total, table = Counter(), self.table
+        groups = [np.arange(batch)] if table is None else table.alike(table.due(t))
         for store in self.stores:
-            pages = store.table.pages() if store.table else np.zeros(0, np.int32)
-            if (self.pool.references[pages] > 1).any():  # nothing shared can be reused: every group makes a new page
-                groups = t // PAGE_TOKENS + 2
-                fresh = dict.fromkeys((bits for bits, _ in self.recipe.tiers), groups)
-                waiting = self.rule is not None and self.recipe.reservoir
-                fresh[DENSE] = fresh.get(DENSE, 0) + min(groups, self.recipe.window_pages + 1) + waiting
-            else:
-                fresh = self.recipe.room(store.limit(n_seen), n_seen)[1]
-                need.subtract(self.pool.bits[pages].tolist())
-            need.update({bits: n * batch * n_heads for bits, n in fresh.items()})
-        self.pool.require({bits: max(n, 0) for bits, n in need.items()})
+            for rows in groups:
+                total.update({bits: max(n, 0) for bits, n in store.need(rows, n_heads, t).items()})
+        self.pool.require(total)
+
+    def need(self, rows: np.ndarray, n_heads: int, t: int) -> Counter:
+        """Pages of each precision that `t` more tokens of equally long sequences may need in this layer; negative: to spare."""
+        before, pages = (int(self.table.n_seen[rows[0]]) if self.table else 0), np.zeros(0, np.int32)
+        n_seen, keeps_waiting = before + t, self.rule is not None and self.recipe.reservoir
+        if self.table:
+            pages = self.table.columns[rows]
+            pages = pages[pages >= 0]
+        if (self.pool.references[pages] > 1).any():  # nothing shared is freed or reused: every group makes a new page
+            held, n_left = Counter(), int(self.table.start[rows[0]]) // PAGE_TOKENS
+            leaving = max(n_seen // PAGE_TOKENS - self.recipe.window_pages - n_left, 0)
+            fresh = dict.fromkeys((bits for bits, _ in self.recipe.tiers), leaving + keeps_waiting * (leaving > 0))
+            opened = -(-n_seen // PAGE_TOKENS) - before // PAGE_TOKENS  # the open page, copied if it is shared, among them
+            fresh[DENSE] = fresh.get(DENSE, 0) + min(opened, self.recipe.window_pages + 1) + keeps_waiting * (leaving > 0)
+        else:
+            held, fresh = Counter(self.pool.bits[pages].tolist()), self.recipe.room(self.limit(n_seen), n_seen)[1]
+        more = Counter({bits: n * len(rows) * n_heads for bits, n in fresh.items()})
+        more.subtract(held)
+        return more
 
     # Attention
 
@@ -171,7 +184,7 @@ class PagedStore:
             parts = [n * PAGE_TOKENS for n in (self.table.full.shape[-1], 1, self.table.window.shape[-1])]
             count_votes(self, self.votes, np.ones(self.batch), parts)
             self.votes = None
-        for rows in self.table.alike() if (self.table.n_seen % PAGE_TOKENS == 0).any() else ():
+        for rows in self.table.alike(np.flatnonzero(self.table.n_seen % PAGE_TOKENS == 0)):
             none = like.new_empty(len(rows), self.table.columns.shape[1], 0, self.pool.head_dim)
             leave_window(self, rows, int((self.table.n_seen - self.table.start)[rows[0]]), none, none, none[..., 0].float())
 
@@ -187,7 +200,7 @@ class PagedStore:
             parts = self.table.layout() if self.table.n_seen.any() else (0, 0, 0)
             score = votes[..., sum(parts) :]
             count_votes(self, votes[..., : sum(parts)], n_new, parts)
-        for rows in self.table.alike(n_new):
+        for rows in self.table.alike(np.arange(batch), n_new):
             new = int(n_new[rows[0]])
             some = [x if len(rows) == batch else x[torch.from_numpy(rows).to(x.device)] for x in (key, value, score)]
             if new:
@@ -204,6 +217,24 @@ class PagedStore:
         """Keep these sequences, in this order; rows may repeat."""
         if self.table:
             self.table.select(rows)
+
+    def join(self, other: "PagedStore") -> None:
+        """Take the sequences of another store on the same pool behind one's own; the other is empty then."""
+        if self.table is None:
+            self.table = other.table
+        else:
+            self.table.join(other.table)
+        other.table = None
+
+    def fork(self, forked: dict[int, object]) -> "PagedStore":
+        """An independent copy that shares all pages, made together with those of all layers: `forked` has them by id."""
+        if id(self) not in forked:
+            twins = [copy.copy(store) for store in self.stores]
+            for store, twin in zip(self.stores, twins):
+                forked[id(store)], twin.stores, twin.table = twin, twins, store.table and store.table.fork()
+            if self.table:
+                self.pool.retain(np.concatenate([twin.table.columns.ravel() for twin in twins]))
+        return forked[id(self)]
 
     def reset(self) -> None:
         """Forget everything; the pool gives its storage back with its last page."""

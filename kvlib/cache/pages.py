@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvlib.cache.books import KnownPages, chained_digests, tally
 from kvlib.cache.kivi import PRECISIONS, PageFormat
-from kvlib.cache.prefix import chained_digests
 from kvlib.kernels.backend import load, pick_backend
 from kvlib.kernels.operand import DENSE, PAGE_TOKENS
 
@@ -46,8 +46,7 @@ class PagePool:
         self.free_pages: list[int] = []
         self.free_slots: dict[int, list[int]] = {bits: [] for bits in PRECISIONS}
         self.slabs.clear()
-        self.known: dict[bytes, int] = {}
-        self.digest: dict[int, bytes] = {}
+        self.known = KnownPages()
 
     def open(self, like: Tensor) -> None:
         """Take dtype and device from the first keys. Raises ValueError for later ones of another kind."""
@@ -73,8 +72,7 @@ class PagePool:
     @property
     def used_bytes(self) -> int:
         """Bytes of the pages in use."""
-        live = np.bincount(self.bits[self.references > 0], minlength=DENSE + 1)
-        return self._bytes({bits: int(live[bits]) for bits in self.slabs})
+        return self._bytes({bits: self.room(bits) - len(self.free_slots[bits]) for bits in self.slabs})
 
     def require(self, pages: dict[int, int]) -> None:
         """Raise PoolExhausted unless so many pages of each precision can be allocated; slabs may be compacted for it."""
@@ -155,20 +153,23 @@ class PagePool:
 
     def retain(self, pages: np.ndarray) -> None:
         """One more reference to each page; NO_PAGE entries are skipped."""
-        np.add.at(self.references, pages[pages >= 0], 1)
+        where, counts = tally(pages[pages >= 0])
+        self.references[where] += counts
 
     def release(self, pages: np.ndarray) -> None:
         """One reference fewer; a page without any is free. NO_PAGE entries are skipped."""
         pages = pages[pages >= 0]
-        np.subtract.at(self.references, pages, 1)
+        where, counts = tally(pages)
+        self.references[where] -= counts
+        assert (self.references[where] >= 0).all(), "page pool: a page was released twice"
         gone = np.unique(pages[self.references[pages] == 0])
-        assert (self.references[pages] >= 0).all(), "page pool: a page was released twice"
         for page, bits, slot in zip(gone.tolist(), self.bits[gone].tolist(), self.slot[gone].tolist()):
             self.free_slots[bits].append(slot)
             self.free_pages.append(page)
-            self.known.pop(self.digest.pop(page, b""), None)
+            self.known.drop(page)
 
-    def _slots(self, pages: np.ndarray) -> Tensor:
+    def slots(self, pages: np.ndarray) -> Tensor:
+        """In which rows of their slabs these pages lie."""
         return torch.from_numpy(self.slot[pages].astype(np.int64)).to(self.device)
 
     def _store_new(self, bits: int, key: Tensor, value: Tensor) -> np.ndarray:
@@ -187,7 +188,7 @@ class PagePool:
 
     def _fill(self, bits: int, pages: np.ndarray, tensors: list[Tensor]) -> None:
         for field, tensor in zip(self.formats[bits].views(self.slabs[bits]), tensors):
-            field.index_copy_(0, self._slots(pages), tensor)
+            field.index_copy_(0, self.slots(pages), tensor)
 
     def store(self, bits: int, key: Tensor, value: Tensor, parents: np.ndarray | None = None) -> np.ndarray:
         """Full pages of keys and values [n, 32, D] -> their numbers [n].
@@ -197,16 +198,14 @@ class PagePool:
         if self.salt is None:
             return self._store_new(bits, key, value)
         tensors = self.formats[bits].encode(key, value)
-        parents = np.full(len(key), NO_PAGE) if parents is None else parents
-        above = [self.digest.get(parent, b"") for parent in parents.tolist()]
-        digests = chained_digests(self.salt + bytes([bits]), tensors, above)
-        new = list(dict.fromkeys(digest for digest in digests if digest not in self.known))
+        parents = [NO_PAGE] * len(key) if parents is None else parents.tolist()
+        digests = chained_digests(self.salt + bytes([bits]), tensors, [self.known.digest.get(page, b"") for page in parents])
+        new = {digest: i for i, digest in reversed([*enumerate(digests)]) if digest not in self.known.page}
         made = self.allocate(bits, len(new))
         if new:
-            self._fill(bits, made, [tensor[[digests.index(digest) for digest in new]] for tensor in tensors])
-        self.known |= zip(new, made.tolist())
-        self.digest |= zip(made.tolist(), new)
-        pages = np.array([self.known[digest] for digest in digests], np.int32)
+            self._fill(bits, made, [tensor[list(new.values())] for tensor in tensors])
+        self.known.add(made.tolist(), new)
+        pages = np.array([self.known.page[digest] for digest in digests], np.int32)
         self.retain(pages)
         self.references[made] -= 1  # the one that `allocate` gave
         return pages
@@ -216,8 +215,8 @@ class PagePool:
         shared = self.references[pages] > 1
         if shared.any():
             copies = self.allocate(DENSE, int(shared.sum()))
-            originals = self.slabs[DENSE].index_select(0, self._slots(pages[shared]))
-            self.slabs[DENSE].index_copy_(0, self._slots(copies), originals)
+            originals = self.slabs[DENSE].index_select(0, self.slots(pages[shared]))
+            self.slabs[DENSE].index_copy_(0, self.slots(copies), originals)
             self.release(pages[shared])
             pages = pages.copy()
             pages[shared] = copies
@@ -226,13 +225,13 @@ class PagePool:
     def write(self, pages: np.ndarray, offsets: np.ndarray, key: Tensor, value: Tensor) -> None:
         """Put tokens [..., D] at offsets of open dense pages [...]."""
         assert (self.references[pages] == 1).all(), "page pool: a shared page was written to"
-        slots, offsets = self._slots(pages), torch.from_numpy(offsets).to(self.device)
+        slots, offsets = self.slots(pages), torch.from_numpy(offsets).to(self.device)
         keys, values = self.formats[DENSE].views(self.slabs[DENSE])
         keys[slots, :, offsets] = key
         values[slots, :, offsets] = value.unflatten(-1, values.shape[1::2])
 
     def _decoded(self, bits: int, pages: np.ndarray) -> tuple[Tensor, Tensor]:
-        return self.formats[bits].decode(self.formats[bits].views(self.slabs[bits].index_select(0, self._slots(pages))))
+        return self.formats[bits].decode(self.formats[bits].views(self.slabs[bits].index_select(0, self.slots(pages))))
 
     def read(self, pages: np.ndarray) -> tuple[Tensor, Tensor]:
         """Keys and values [..., 32, D] of pages [...] of any precisions; for NO_PAGE what another of them holds."""

@@ -1,5 +1,7 @@
 """Block tables: which pages hold the tokens of each sequence and KV head of one layer, and the scores of those tokens."""
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,6 +9,8 @@ from torch import Tensor
 from kvlib.cache.keep import KeepRule
 from kvlib.cache.pages import NO_PAGE, PagePool
 from kvlib.kernels.operand import DENSE, PAGE_TOKENS, Operand
+
+ROWS_AT_ONCE = 32  # sequences whose tokens leave the window together: what that takes besides the pages does not grow with B
 
 
 class BlockTable:
@@ -58,12 +62,21 @@ class BlockTable:
         n_full = (self.full >= 0).sum(-1) + (self.reservoir >= 0)
         return n_full * PAGE_TOKENS + (self.n_seen - self.start)[:, None]
 
-    def alike(self, n_new: np.ndarray | None = None) -> list[np.ndarray]:
-        """The sequences, those that are equally long (and get equally many tokens) together."""
-        if self.batch == 1:
-            return [np.zeros(1, np.int64)]
-        states = np.stack([self.n_seen, self.start] + ([] if n_new is None else [n_new]), 1)
-        return [np.flatnonzero((states == state).all(1)) for state in np.unique(states, axis=0)]
+    def alike(self, rows: np.ndarray, n_new: np.ndarray | None = None) -> list[np.ndarray]:
+        """These sequences, up to ROWS_AT_ONCE that are equally long (and get equally many of `n_new` [B] tokens) together."""
+        states: dict[tuple, list[int]] = {}
+        for row in rows.tolist():
+            state = self.n_seen[row], self.start[row], 0 if n_new is None else n_new[row]
+            states.setdefault(state, []).append(row)
+        groups = (np.array(same) for same in states.values())
+        return [group[i : i + ROWS_AT_ONCE] for group in groups for i in range(0, len(group), ROWS_AT_ONCE)]
+
+    def due(self, t: int) -> np.ndarray:
+        """Sequences whose pages change when `t` more tokens come: one is begun, leaves the window, or was open and shared."""
+        inside = self.n_seen - self.start
+        opened = np.take_along_axis(self.window, (inside // PAGE_TOKENS)[:, None, None], -1)[:, :, 0]
+        begins, ends = inside % PAGE_TOKENS == 0, (self.n_seen + t) // PAGE_TOKENS > self.n_seen // PAGE_TOKENS
+        return np.flatnonzero(begins | ends | (self.pool.references[opened] > 1).any(-1))
 
     def pages(self) -> np.ndarray:
         """Numbers of all pages in the table, [n]."""
@@ -101,16 +114,35 @@ class BlockTable:
         pages = np.take_along_axis(pages, order, -1)[:, :, :most]
         short = most - self.full.shape[-1]
         if short > 0:
-            more = max(short, self.full.shape[-1] // 4)
-            room = np.full((*self.full.shape[:2], more), NO_PAGE, np.int32)
-            self.columns = np.concatenate([self.full, room, self.columns[:, :, self.full.shape[-1] :]], -1)
-            if self.scores:
-                self.scores["full"] = torch.nn.functional.pad(self.scores["full"], (0, more))
+            self._widen(max(short, self.full.shape[-1] // 4))
         self.full[rows] = NO_PAGE
         self.full[rows, :, :most] = pages
         if scores is not None:
             order = torch.from_numpy(order[:, :, :most]).to(scores.device)
             self.set_score("full", rows, scores.gather(-1, order))
+
+    def _widen(self, more: int) -> None:
+        """Room for so many more full pages per head."""
+        room = np.full((*self.full.shape[:2], more), NO_PAGE, np.int32)
+        self.columns = np.concatenate([self.full, room, self.columns[:, :, self.full.shape[-1] :]], -1)
+        if self.scores:
+            self.scores["full"] = torch.nn.functional.pad(self.scores["full"], (0, more))
+
+    def fork(self) -> "BlockTable":
+        """An independent copy; the pool is not yet told of it."""
+        twin = copy.copy(self)
+        twin.columns, twin.n_seen, twin.start = self.columns.copy(), self.n_seen.copy(), self.start.copy()
+        twin.scores, twin.key_sum = {part: scores.clone() for part, scores in self.scores.items()}, self.key_sum.clone()
+        return twin
+
+    def join(self, other: "BlockTable") -> None:
+        """Take another table's sequences behind one's own; it is used up."""
+        narrow = min(self, other, key=lambda table: table.full.shape[-1])
+        narrow._widen(max(self.full.shape[-1], other.full.shape[-1]) - narrow.full.shape[-1])
+        for name in ("columns", "n_seen", "start"):
+            setattr(self, name, np.concatenate([getattr(self, name), getattr(other, name)]))
+        self.scores = {part: torch.cat([scores, other.scores[part]]) for part, scores in self.scores.items()}
+        self.key_sum = torch.cat([self.key_sum, other.key_sum])
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order; rows may repeat, and then share their pages. No key or value is copied."""

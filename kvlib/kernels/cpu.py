@@ -49,14 +49,11 @@ def exp2(x):
 
 
 @njit(fastmath=FAST)
-def soften(logits, n, kept, out, tops, sums):
+def soften(logits, n, out, tops, sums):
     """Logits [group, n] become weights 2^(logit - top); tops, sums and out [group, D] are brought to the new top."""
     for g in range(len(tops)):
         top, total = max(tops[g], largest(logits[g].ctypes.data, n)), np.float32(0)
         shrink = exp2(tops[g] - top)
-        if kept.size:
-            for i in range(n):
-                kept[g, i] = logits[g, i]
         for i in range(n):
             weight = exp2(logits[g, i] - top)
             logits[g, i] = weight
@@ -81,29 +78,32 @@ def attend_part(
         for d in range(head_dim):
             scaled[g, d] = query[g, d] * scaling
     logits, scratch = np.empty((group, room), np.float32), np.empty((group, max(head_dim, PAGE_TOKENS)), np.float32)
-    bias, buffer = np.empty(group, np.float32), np.empty((CHUNK_PAGES, 4), np.int64)
+    bias, found, begin = np.empty(group, np.float32), np.empty((CHUNK_PAGES, 5), np.int64), first
     out[:], tops[:], sums[:] = 0, NOTHING, 0
-    for begin in range(first, last, CHUNK_PAGES):
-        found = buffer[: min(CHUNK_PAGES, last - begin)]
-        find_pages(pages, begin, kinds, slots, open_column, open_tokens, addresses, head_dim, item, width, found)
-        n = len(found)
+    if kept.size:
+        kept[:, first * PAGE_TOKENS : last * PAGE_TOKENS] = -np.inf
+    while begin < last:
+        n, begin = find_pages(
+            pages, begin, last, kinds, slots, open_column, open_tokens, addresses, head_dim, item, width, found
+        )
+        if n == 0:
+            break
         for i in range(n):
             at, count, ahead = i * PAGE_TOKENS, found[i, 1], found[min(i + PAGES_AHEAD, n - 1), 2]
-            if count:
-                target = logits.ctypes.data + 4 * at
-                form_logits(found[i, 0], found[i, 2], ahead, scaled, scratch, bias, target, room, group, stored, width)
+            target, column = logits.ctypes.data + 4 * at, found[i, 4] * PAGE_TOKENS
+            form_logits(found[i, 0], found[i, 2], ahead, scaled, scratch, bias, target, room, group, stored, width)
             for g in range(group if count < PAGE_TOKENS else 0):
                 logits[g, at + count : at + PAGE_TOKENS] = -np.inf
             for t in range(count if visible.size else 0):
-                if not visible[(begin + i) * PAGE_TOKENS + t]:
+                if not visible[column + t]:
                     logits[:, at + t] = -np.inf
-        of_chunk = kept[:, begin * PAGE_TOKENS :] if kept.size else kept
-        soften(logits, n * PAGE_TOKENS, of_chunk, out, tops, sums)
+            if kept.size:
+                kept[:, column : column + PAGE_TOKENS] = logits[:, at : at + PAGE_TOKENS]
+        soften(logits, n * PAGE_TOKENS, out, tops, sums)
         for i in range(n):
-            if found[i, 1]:
-                weights, ahead = logits.ctypes.data + 4 * i * PAGE_TOKENS, found[min(i + PAGES_AHEAD, n - 1), 3]
-                count = found[i, 1]
-                add_values(found[i, 0], found[i, 3], count, ahead, weights, room, scratch, bias, out, group, stored, width)
+            weights, ahead = logits.ctypes.data + 4 * i * PAGE_TOKENS, found[min(i + PAGES_AHEAD, n - 1), 3]
+            count = found[i, 1]
+            add_values(found[i, 0], found[i, 3], count, ahead, weights, room, scratch, bias, out, group, stored, width)
 
 
 @njit(fastmath=FAST)

@@ -75,15 +75,23 @@ def add_values(kind, page, count, ahead, weights, stride, scratch, bias, out, gr
 
 
 @njit
-def find_pages(pages, begin, kinds, slots, open_column, open_tokens, addresses, head_dim, item, width, found):
-    """found [n, 4]: for columns begin to begin + n, kind, tokens (0: no page), address of keys and of values."""
-    for i in range(len(found)):
-        column = begin + i
+def find_pages(
+    pages, begin, end, kinds, slots, open_column, open_tokens, addresses, head_dim, item, width, found
+):  # fmt: skip
+    """found [n, 5]: kind, tokens, address of keys and of values, and column, of the next n pages from column `begin` on.
+
+    -> how many there are, and the column behind the last. Columns without a page leave no trace: what attention computes
+    does not depend on how wide a table is, so not on the sequences beside this one.
+    """
+    n, column = 0, begin
+    while column < end and n < len(found):
         page = pages[column]
         count = PAGE_TOKENS if column < open_column else min(open_tokens - (column - open_column) * PAGE_TOKENS, PAGE_TOKENS)
-        found[i, 1] = max(count, 0) if page >= 0 else 0
-        if found[i, 1]:
+        if page >= 0 and count > 0:
             kind = np.int64(kinds[page])
             of_keys, of_values = half_bytes(kind, head_dim, item, width)
             address = addresses[kind] + np.int64(slots[page]) * (of_keys + of_values)
-            found[i, 0], found[i, 2], found[i, 3] = kind, address, address + of_keys
+            found[n] = (kind, count, address, address + of_keys, column)
+            n += 1
+        column += 1
+    return n, column
