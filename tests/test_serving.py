@@ -40,7 +40,7 @@ def requests(model):
     """Ten of them, in a burst: two with a common prefix of a chunk and more, one of beams, one of samples."""
     ids, rng = model.held_out_ids, np.random.default_rng(0)
     lengths = zip(rng.integers(1, 150, 10).tolist(), rng.integers(1, 40, 10).tolist())
-    some = [Request(f"r{i}", i / 1000, tuple(ids[500 * i : 500 * i + n]), new) for i, (n, new) in enumerate(lengths)]
+    some = [Request(f"r{i}", i * 1e-9, tuple(ids[500 * i : 500 * i + n]), new) for i, (n, new) in enumerate(lengths)]
     some[4] = dataclasses.replace(some[4], prompt=tuple(ids[7000:7140]), new_tokens=37)
     some[8] = dataclasses.replace(some[8], prompt=tuple(ids[7000:7130]) + (5, 6), new_tokens=9)
     some[2] = dataclasses.replace(some[2], n_sequences=3)
@@ -175,6 +175,13 @@ def test_a_job_that_outgrows_the_pool_by_its_siblings_is_refused_and_the_others_
     answers = {answer.name: answer for answer in server.answers}
     assert "do not fit in the budget" in answers["siblings"].refused
     assert answers[requests[1].name].tokens == alone(model, "kivi-4", requests[1])
+
+
+def test_who_finds_the_queue_full_is_refused_and_nobody_else(model, requests):
+    together = [dataclasses.replace(request, arrival_s=0.0) for request in requests]
+    answers = serve(model, "v1", together, PLENTY, chunk_tokens=64, max_waiting=4).answers
+    refused = [answer.name for answer in answers if answer.refused]
+    assert refused == [request.name for request in together[4:]] and "4 others are waiting" in answers[0].refused
 
 
 @pytest.mark.parametrize(

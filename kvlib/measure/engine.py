@@ -16,6 +16,7 @@ from kvlib.cache.batch import KVBatch
 from kvlib.cache.methods import build_cache, get_method
 from kvlib.cache.pages import PagePool
 from kvlib.kernels.operand import PAGE_TOKENS
+from kvlib.measure.requests import Request
 from kvlib.model.load import Model
 
 ROWS_PER_THREAD = 4  # of a matrix product on a CPU; with fewer its rows are summed up in another order
@@ -42,6 +43,18 @@ class Engine:
         """Of one sequence, in closed form."""
         return spec.held_bytes(self.model.spec, self.method, 1, tokens, **self.recipe)
 
+    def bytes_to_begin(self, request: Request) -> int:
+        """Of a prompt in pages, or of all that caches in one piece will ever hold."""
+        if self.pool:
+            return self.cache_bytes(len(request.prompt))
+        return request.n_sequences * self.cache_bytes(request.total_tokens)
+
+    def why_too_large(self, request: Request) -> str | None:
+        """What a request's caches need at least, in words, if that exceeds the budget; sequences in pages may share them."""
+        need = self.cache_bytes(request.total_tokens) * (1 if self.pool else request.n_sequences)
+        too_large = need > self.budget_bytes
+        return f"its cache of {need:,} bytes exceeds the budget of {self.budget_bytes:,}" if too_large else None
+
     def fresh_cache(self, tokens: int) -> KVCache:
         """An empty cache for a sequence of so many tokens in the end."""
         room = {"pool": self.pool} if self.pool else {"capacity_tokens": tokens}
@@ -52,28 +65,32 @@ class Engine:
         """What is taken of the budget: pages in use, or the reserved room of caches in one piece."""
         return self.pool.used_bytes if self.pool else self.reserved_bytes
 
-    @property
-    def open_bytes(self) -> int:
-        """What of `used_bytes` is the empty rest of open pages; 0 without pages."""
+    def bytes_now(self, lengths: list[tuple[int, int]]) -> dict[str, int]:
+        """taken_bytes from the system (a pool's slabs), used_bytes of these, and empty_bytes of those, which hold no token:
+        the rest of open pages, or of the room of caches in one piece, whose `lengths` are (tokens, sequences) each."""
+        row = {"taken_bytes": self.pool.slab_bytes if self.pool else self.used_bytes, "used_bytes": self.used_bytes}
+        if not self.pool:
+            return row | {"empty_bytes": self.used_bytes - sum(n * self.cache_bytes(tokens) for tokens, n in lengths)}
         stores = {id(layer.store): layer.store for layer in self.batch.layers}.values()
-        tables = [store.table for store in stores if self.pool and store.table]
+        tables = [store.table for store in stores if store.table]
         n_slots = sum(int((-(table.n_seen - table.start) % PAGE_TOKENS).sum()) * table.columns.shape[1] for table in tables)
-        return n_slots * 2 * self.model.spec.head_dim * self.model.spec.dtype.itemsize
+        return row | {"empty_bytes": n_slots * 2 * self.model.spec.head_dim * self.model.spec.dtype.itemsize}
 
-    def read(self, ids: Sequence[int], n_before: int, cache: KVCache) -> Tensor:
-        """Logits [1, V] behind a stretch of a prompt; raises PoolExhausted before anything has changed."""
+    def read(self, ids: Sequence[int], n_before: int, cache: KVCache) -> tuple[Tensor, list[int]]:
+        """Logits [1, V] behind a stretch of a prompt, and the likeliest token; PoolExhausted, before anything has changed."""
         return self._logits([ids], [range(n_before, n_before + len(ids))], cache)
 
-    def step(self, tokens: list[int], positions: list[int]) -> Tensor:
-        """Logits [n, V] behind one new token for each sequence of the batch; raises PoolExhausted as `read` does."""
+    def step(self, tokens: list[int], positions: list[int]) -> tuple[Tensor, list[int]]:
+        """Logits [n, V] behind one new token for each sequence of the batch, and the likeliest; raises as `read` does."""
         padding = [0] * (-len(tokens) % self.padded_to)
         columns = ([[x] for x in (*row, *padding)] for row in (tokens, positions))
-        return self._logits(*columns, self.batch)[: len(tokens)]
+        return self._logits(*columns, self.batch)
 
-    def _logits(self, ids: Sequence, positions: Sequence, cache: KVCache) -> Tensor:
+    def _logits(self, ids: Sequence, positions: Sequence, cache: KVCache) -> tuple[Tensor, list[int]]:
         begin = time.perf_counter()
         inputs = {"input_ids": ids, "position_ids": positions}
         inputs = {name: torch.tensor(rows, device=self.model.device) for name, rows in inputs.items()}
         logits = self.model.network(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        likeliest = logits.argmax(-1).tolist()
         self.model_s += time.perf_counter() - begin
-        return logits
+        return logits, likeliest

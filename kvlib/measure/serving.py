@@ -29,12 +29,13 @@ class Server:
     it starts over and repeats its steps, one by one, because a compressed cache that reads them in one go would not be the
     same. Caches in one piece have all their room from the beginning (the oracle of Kwon et al. 2023) and are never
     preempted. `share_prefixes` keeps forks of caches at the ends of chunks, and begins a prompt from the longest that
-    fits. `max_rows` limits sequences at once. Raises ValueError for options that do not fit.
+    fits. `max_rows` limits sequences at once, `max_waiting` the queue: who finds it full is refused. Raises ValueError for
+    options that do not fit.
     """
 
     def __init__(
-        self, engine: Engine, *, max_rows: int = 64, chunk_tokens: int = 256, preempt: str = "swap",
-        share_prefixes: bool = False, log: RequestLog | None = None,
+        self, engine: Engine, *, max_rows: int = 64, max_waiting: int | None = None, chunk_tokens: int = 256,
+        preempt: str = "swap", share_prefixes: bool = False, log: RequestLog | None = None,
     ):  # fmt: skip
         if preempt not in PREEMPTION:
             raise ValueError(f"preempt: expected one of {', '.join(PREEMPTION)}, got {preempt!r}.")
@@ -42,8 +43,8 @@ class Server:
             raise ValueError(f"share_prefixes: {engine.method} has no pages to share; use a paged method.")
         if chunk_tokens < 1 or max_rows < 1:
             raise ValueError(f"server: expected chunk_tokens and max_rows of 1 or more, got {chunk_tokens} and {max_rows}.")
-        self.engine, self.max_rows, self.chunk_tokens, self.preempt = engine, max_rows, chunk_tokens, preempt
-        self.share_prefixes, self.log = share_prefixes, log
+        self.engine, self.max_rows, self.max_waiting, self.log = engine, max_rows, max_waiting, log
+        self.chunk_tokens, self.preempt, self.share_prefixes = chunk_tokens, preempt, share_prefixes
         self.coming: list[Job] = []  # by arrival, as are those that wait
         self.waiting: list[Job] = []
         self.reading: Job | None = None
@@ -62,25 +63,13 @@ class Server:
         for request in requests:
             if self.log and request.name not in self.log.requests:
                 self.log.write(request)
-            reason = request.why_impossible(self.engine.model.context_limit, self.max_rows) or self._why_too_large(request)
+            reason = request.why_impossible(self.engine.model.context_limit, self.max_rows)
+            reason = reason or self.engine.why_too_large(request)
             if reason:
                 self._answer(Job(request), reason)
             else:
                 self.coming.append(Job(request))
         self.coming.sort(key=lambda job: job.request.arrival_s)
-
-    def _why_too_large(self, request: Request) -> str | None:
-        """What its cache needs at least, in words, if that exceeds the budget; sequences may share pages."""
-        n_apart, budget = 1 if self.engine.pool else request.n_sequences, self.engine.budget_bytes
-        need = n_apart * self.engine.cache_bytes(request.total_tokens)
-        return f"its cache of {need:,} bytes exceeds the budget of {budget:,}" if need > budget else None
-
-    def _bytes_to_begin(self, job: Job) -> int:
-        """Of the prompt in pages, or swapped out, or of all that caches in one piece will ever hold."""
-        if isinstance(job.cache, SwappedCache):
-            return job.cache.held_bytes
-        request, engine = job.request, self.engine
-        return engine.cache_bytes(len(request.prompt)) if engine.pool else job.n_rows * engine.cache_bytes(request.total_tokens)
 
     def _answer(self, job: Job, refused: str = "") -> None:
         self._tick()
@@ -92,7 +81,7 @@ class Server:
             self.log.write(answer)
         self.answers.append(answer)
         if not self.engine.pool and not refused:
-            self.engine.reserved_bytes -= self._bytes_to_begin(job)
+            self.engine.reserved_bytes -= self.engine.bytes_to_begin(job.request)
 
     def _jobs(self) -> list[Job]:
         """Those that hold room."""
@@ -104,14 +93,15 @@ class Server:
         if self.reading or not self.waiting or n_running + self.waiting[0].n_rows > self.max_rows:
             return
         job, engine = self.waiting[0], self.engine
-        need = self._bytes_to_begin(job)
+        swapped = isinstance(job.cache, SwappedCache)
+        need = job.cache.held_bytes if swapped else engine.bytes_to_begin(job.request)
         least_free = need + n_running * engine.cache_bytes(1) * (engine.pool is not None)
         while engine.used_bytes + least_free > engine.budget_bytes and self.prefixes:
             self._forget_prefix()
         if engine.used_bytes + least_free > engine.budget_bytes and self.running:
             return
         self.waiting.pop(0)
-        if isinstance(job.cache, SwappedCache):
+        if swapped:
             return self._run(job, [job.cache.restore()])
         engine.reserved_bytes += 0 if engine.pool else need
         job.n_read, job.cache = self._begin(job.request)
@@ -178,7 +168,11 @@ class Server:
             self.clock_s = max(self.clock_s, self.coming[0].request.arrival_s)
         self.mark_s = time.perf_counter()
         while self.coming and self.coming[0].request.arrival_s <= self.clock_s:
-            self.waiting.append(self.coming.pop(0))
+            job = self.coming.pop(0)
+            if self.max_waiting is not None and len(self.waiting) >= self.max_waiting:
+                self._answer(job, f"{self.max_waiting} others are waiting already")
+            else:
+                self.waiting.append(job)
         self._admit()
         if self.reading:
             self._read_chunk(self.reading)
@@ -187,13 +181,10 @@ class Server:
         self.timeline.append(self._state())
 
     def _state(self) -> dict[str, float]:
-        """The moment's sequences and bytes: `empty_bytes` of those used hold no token."""
-        engine, jobs = self.engine, self._jobs()
-        filled = 0 if engine.pool else sum(job.n_rows * engine.cache_bytes(job.n_seen) for job in jobs)
-        return {
-            "clock_s": self.clock_s, "n_running": sum(job.n_rows for job in self.running), "n_waiting": len(self.waiting),
-            "used_bytes": engine.used_bytes, "empty_bytes": engine.open_bytes if engine.pool else engine.used_bytes - filled,
-        }  # fmt: skip
+        """The moment's sequences, and bytes: taken from the system, used of these, and, of those, empty of tokens."""
+        n_running = sum(job.n_rows for job in self.running)
+        row = {"clock_s": self.clock_s, "n_running": n_running, "n_waiting": len(self.waiting)}
+        return row | self.engine.bytes_now([(job.n_seen, job.n_rows) for job in self._jobs()])
 
     def _tick(self) -> None:
         """Bring the clock up to now."""
@@ -204,14 +195,14 @@ class Server:
         """Read on in a prompt; at its end, its first tokens are chosen, and its sequences join the batch."""
         prompt, n = job.request.prompt, min(job.n_read + self.chunk_tokens, len(job.request.prompt))
         try:
-            logits = self.engine.read(prompt[job.n_read : n], job.n_read, job.cache)
+            logits, likeliest = self.engine.read(prompt[job.n_read : n], job.n_read, job.cache)
         except PoolExhausted:
             return self._make_room()
         job.n_read = n
         if self.share_prefixes and n % self.chunk_tokens == 0 and prompt[:n] not in self.prefixes:
             self.prefixes[prompt[:n]] = job.cache.fork()
         if n == len(prompt):
-            job.choose(logits, logits.argmax(-1).tolist())
+            job.choose(logits, likeliest)
             self._tick()
             job.first_token_s, self.reading = job.first_token_s or self.clock_s, None
             self._run(job, [job.cache, *(job.cache.fork() for _ in range(job.n_rows - 1))])
@@ -224,12 +215,12 @@ class Server:
             tokens = [token for job in self.running for token in job.steps[job.n_done - 1][1]]
             positions = [job.n_seen for job in self.running for _ in range(job.n_rows)]
             try:
-                logits = self.engine.step(tokens, positions)
+                logits, likeliest = self.engine.step(tokens, positions)
             except PoolExhausted:
                 self._make_room()
         if not self.running:
             return
-        likeliest, order, first = logits.argmax(-1).tolist(), [], 0
+        order, first = [], 0
         for job in self.running:
             parents, _ = job.choose(logits[first : first + job.n_rows], likeliest[first : first + job.n_rows])
             order += [first + parent for parent in parents]
