@@ -1,11 +1,21 @@
 """What the arithmetic says before anything is measured: bytes, FLOPs and floors of a model, in closed form."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from kvlib.cache.keep import RULES
 from kvlib.cache.methods import get_method, override
+from kvlib.cache.recipe import Recipe
 from kvlib.cache.sharing import composed, owners_of
+from kvlib.cache.table import ROWS_AT_ONCE
+from kvlib.kernels.operand import DENSE, PAGE_TOKENS
+
+FEWEST_FILED = 256  # tokens of all sequences that are filed at once, be it a piece of a prompt
+FREE_PAGE_BYTES = 48  # of each page that is not yet taken, in the pool's lists of numbers; measured
+ENDLESS_TOKENS = 2**40
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,11 @@ class ModelSpec:
         return self.mlp_matrices * self.hidden * self.mlp_hidden
 
 
+def owners(spec: ModelSpec, method: str, layer_map: str | None = None) -> set[int]:
+    """The layers that have a store."""
+    return set(composed(owners_of(layer_map or get_method(method).layer_map, spec.n_layers), spec.layer_owners))
+
+
 def held_bytes(
     spec: ModelSpec, method: str, batch: int, tokens: int, layer_map: str | None = None, half: str = "both", **recipe
 ) -> int:
@@ -63,7 +78,7 @@ def held_bytes(
     chosen = get_method(method)
     if chosen.store is None:
         return 0
-    n_owners = len(set(composed(owners_of(layer_map or chosen.layer_map, spec.n_layers), spec.layer_owners)))
+    n_owners = len(owners(spec, method, layer_map))
     if chosen.recipe:
         dimensions = n_owners, spec.n_kv_heads, spec.head_dim, spec.dtype
         return override(method, recipe).held_bytes(*dimensions, batch, tokens)
@@ -74,9 +89,7 @@ def held_bytes(
 
 def n_readers(spec: ModelSpec, method: str) -> int:
     """Layers that read another's store through maps; 0 for methods that align nothing."""
-    chosen = get_method(method)
-    owners = composed(owners_of(chosen.layer_map, spec.n_layers), spec.layer_owners)
-    return chosen.aligned * (spec.n_layers - len(set(owners)))
+    return get_method(method).aligned * (spec.n_layers - len(owners(spec, method)))
 
 
 def maps_params(spec: ModelSpec, method: str) -> int:
@@ -85,21 +98,81 @@ def maps_params(spec: ModelSpec, method: str) -> int:
     return n_readers(spec, method) * spec.head_dim * ((spec.n_kv_heads + spec.n_heads) * wide + spec.n_heads)
 
 
-def step_workspace_bytes(spec: ModelSpec, method: str, batch: int, tokens: int) -> int:
-    """Bytes a decode step needs besides the cache, in its larger moment: attention of one layer, or MLP and logits.
+def filing_bytes(spec: ModelSpec, recipe: Recipe, batch: int) -> int:
+    """Bytes that one layer's tokens take on their way from the window to their pages: a page each of ROWS_AT_ONCE sequences.
+
+    Keys and values are read and joined: two copies. Where tokens compete, they are also joined with the reservoir, gathered
+    by page and stored: five. Codes are made from another copy, in fp32.
+    """
+    per_number = (5 if recipe.keep else 2) * spec.dtype.itemsize + 4 * (min(bits for bits, _ in recipe.tiers) < DENSE)
+    n_tokens = max(min(batch, ROWS_AT_ONCE) * PAGE_TOKENS, FEWEST_FILED)
+    return 2 * n_tokens * spec.n_kv_heads * spec.head_dim * per_number
+
+
+def step_workspace_bytes(
+    spec: ModelSpec, method: str, batch: int, tokens: int, layer_map: str | None = None, half: str = "both", **recipe
+) -> int:
+    """Bytes a decode step needs besides the cache, in its largest moment: attention of one layer, or MLP, or logits.
 
     A naive quantised store materialises one layer's keys and values and, a head at a time, its codes in fp32 and their
-    product. Raises ValueError for paged methods, whose workspace is measured instead.
+    product. With pages that kernels read it is either the moment when tokens leave the window, while the pool still lists
+    its free pages, or that when a keep rule's votes and the logits behind them exist, fp32 for every token that the block
+    table has room for. Options as in `held_bytes`.
     """
     activations = batch * spec.dtype.itemsize * (4 * spec.hidden + spec.mlp_matrices * spec.mlp_hidden)
     logits = batch * spec.vocabulary * spec.dtype.itemsize
     chosen = get_method(method)
-    if chosen.recipe:
-        raise ValueError(f"{method}: no closed form for the workspace of pages; measure its decode_peak_bytes.")
-    if chosen.store is None or not chosen.store.materialises:
+    if chosen.store is not None and chosen.store.materialises:
+        head = batch * tokens * spec.head_dim
+        return max(activations, logits, 2 * spec.n_kv_heads * head * spec.dtype.itemsize + 2 * head * 4)
+    if not chosen.recipe:
         return max(activations, logits)
-    head = batch * tokens * spec.head_dim
-    return 2 * spec.n_kv_heads * head * spec.dtype.itemsize + 2 * head * 4
+    chosen = override(method, recipe)
+    n_owners = len(owners(spec, method, layer_map))
+    rooms = [chosen.room(limit, tokens) for limit in chosen.layer_pages(n_owners, tokens) or [None] * n_owners]
+    columns = chosen.most_per_head(max(kept for kept, _ in rooms), spec.n_kv_heads) + chosen.window_pages + 2
+    voters = (spec.n_heads + spec.n_kv_heads) * (chosen.keep is not None and RULES[chosen.keep].needs_votes)
+    free = FREE_PAGE_BYTES * batch * spec.n_kv_heads * sum(sum(pages.values()) for _, pages in rooms)
+    votes = batch * voters * columns * PAGE_TOKENS * 4
+    return max(activations, logits, votes, filing_bytes(spec, chosen, batch) + free)
+
+
+def largest(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest n >= 0 with fits(n), for a monotone `fits`: away from `guess` in steps that double, then bisection.
+
+    A right guess takes two calls.
+    """
+    guess = n = max(guess, 1)
+    low, high, step = 0, math.inf, 1
+    while high - low > 1:
+        low, high = (n, high) if fits(n) else (low, n)
+        if high == math.inf or low == 0 and guess > step:
+            n, step = guess + (step if low else -step), 2 * step
+        else:
+            n = (low + high) // 2
+    return low
+
+
+def predicted_bytes(spec: ModelSpec, method: str, batch: int, context_tokens: int, **options) -> int:
+    """The closed form: bytes of a full cache, and of what a decode step takes besides. Raises ValueError for no cache."""
+    if get_method(method).store is None:
+        raise ValueError(f"capacity: {method} keeps nothing between steps, so any batch fits; choose a method with a cache.")
+    held = held_bytes(spec, method, batch, context_tokens, **options)
+    return held + step_workspace_bytes(spec, method, batch, context_tokens, **options)
+
+
+def predicted_max_batch(spec: ModelSpec, method: str, context_tokens: int, budget_bytes: int, **options) -> int:
+    """The closed form's largest batch: cache and one decode step's workspace within the budget."""
+    return largest(lambda n: predicted_bytes(spec, method, n, context_tokens, **options) <= budget_bytes, 1)
+
+
+def predicted_max_context(spec: ModelSpec, method: str, batch: int, budget_bytes: int, **options) -> int:
+    """The closed form's largest context in tokens, a whole number of pages. Raises ValueError if there is none."""
+    if predicted_bytes(spec, method, batch, ENDLESS_TOKENS, **options) <= budget_bytes:
+        raise ValueError(f"capacity: {method} does not grow with the context, so any fits; make its budget a fraction.")
+    return PAGE_TOKENS * largest(
+        lambda n: predicted_bytes(spec, method, batch, n * PAGE_TOKENS, **options) <= budget_bytes, 1
+    )
 
 
 def forward_flops(
@@ -120,15 +193,24 @@ def forward_flops(
     }
 
 
-def decode_step_flops(spec: ModelSpec, method: str, batch: int, context: int) -> int:
-    """FLOPs of making one token when `context` tokens (the new one included) are in sight; aligned readers see whole layers."""
-    cached = get_method(method).store is not None
+def tokens_in_sight(spec: ModelSpec, method: str, context: int, **recipe) -> int:
+    """Tokens of a context that a step attends to, on average over layers: all, or a keep rule's budget."""
+    chosen = get_method(method).recipe and override(method, recipe)
+    limits = chosen.layer_pages(len(owners(spec, method)), context) if chosen else None
+    if limits is None:
+        return context
+    return sum(min(context, (n + chosen.window_pages) * PAGE_TOKENS) for n in limits) // len(limits)
+
+
+def decode_step_flops(spec: ModelSpec, method: str, batch: int, context: int, **recipe) -> int:
+    """FLOPs of making one token at a context of so many (the new one included); aligned readers see whole layers."""
+    cached, context = get_method(method).store is not None, tokens_in_sight(spec, method, context, **recipe)
     past, wide = context - 1 if cached else 0, spec.n_kv_heads * spec.head_dim
     of_reader = 4 * spec.n_heads * (wide * spec.head_dim + context * (wide - spec.head_dim))  # maps, longer heads
     return sum(forward_flops(spec, batch, context - past, past).values()) + batch * n_readers(spec, method) * of_reader
 
 
-def decode_step_bytes(spec: ModelSpec, method: str, batch: int, context: int) -> int:
+def decode_step_bytes(spec: ModelSpec, method: str, batch: int, context: int, **recipe) -> int:
     """Bytes that must cross memory for one token: every weight once, and every cached byte once per layer reading it.
 
     A lower bound: activations, embeddings not looked up and re-reads are left out. A naive store also writes and reads
@@ -140,7 +222,7 @@ def decode_step_bytes(spec: ModelSpec, method: str, batch: int, context: int) ->
     if chosen.store is None:
         return weights
     if chosen.recipe:
-        return weights + held_bytes(spec, method, batch, context)
+        return weights + held_bytes(spec, method, batch, context, **recipe)
     readers = spec.n_layers * batch * spec.n_kv_heads * context
     dense = 2 * spec.head_dim * spec.dtype.itemsize
     stored = chosen.store.bytes_per_token(spec.head_dim, spec.dtype)

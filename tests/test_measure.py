@@ -9,7 +9,7 @@ import torch
 from kvlib import spec
 from kvlib.cache.attention import attention_through_cache
 from kvlib.cache.methods import METHODS
-from kvlib.measure import capacity, errors, quality, retrieval
+from kvlib.measure import errors, quality, retrieval
 from kvlib.measure.bench_attention import PAGES, TORCH_FORMS, contenders, measure_attention
 from kvlib.measure.decode import measure_decode, measure_generation
 from kvlib.measure.decoder import Decoder, prompt_ids
@@ -174,21 +174,6 @@ def test_recall_needs_the_notes_to_be_in_the_cache(tiny_gpt2):
 def test_errors_by_axis(tiny_gpt2):
     rows = errors.measure_errors(tiny_gpt2, held_out_text(), 128)
     assert len(rows) == 8 * 2 * 2 and all(0 < row["relative_error"] < 0.05 and row["outlier_x"] >= 1 for row in rows)
-
-
-def test_bisection_finds_the_edge_from_any_guess():
-    for edge in (0, 1, 7, 64, 1000):
-        for guess in (1, 7, 500):
-            assert capacity.largest(lambda n, edge=edge: n <= edge, guess) == edge
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's limit is tested where the CPU is the device")
-def test_capacity_survives_running_out_of_memory(tiny_gpt2):
-    row = capacity.measure_capacity(tiny_gpt2, "v1", 256, 32 * 2**20, n_steps=2)
-    assert row["n_out_of_memory"] > 0
-    assert abs(row["max_batch"] - row["predicted_batch"]) <= 2
-    assert row["held_bytes"] == spec.held_bytes(tiny_gpt2.spec, "v1", row["max_batch"], 256)
-    np.zeros(2**26).sum()  # the limit was the child's alone
 
 
 def test_the_roofline_floor_is_the_larger_of_two_times(tiny_gpt2):

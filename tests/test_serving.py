@@ -18,9 +18,9 @@ from kvlib.cache.methods import METHODS, build_cache
 from kvlib.cache.pages import PagePool, PoolExhausted
 from kvlib.cache.swap import SwappedCache
 from kvlib.kernels import cpu
-from kvlib.measure import traffic
+from kvlib.measure import goodput, traffic
 from kvlib.measure.engine import Engine
-from kvlib.measure.requests import Request, RequestLog
+from kvlib.measure.requests import Answer, Request, RequestLog
 from kvlib.measure.serving import Server, serve
 from kvlib.model.load import open_model
 
@@ -143,6 +143,40 @@ def test_attention_does_not_depend_on_how_wide_the_table_is(votes):
     if votes:
         kept = np.r_[0 : 32 * (open_column - 1), 32 * (open_column + 44) : votes_after.shape[-1]]
         assert votes_before.equal(votes_after[..., kept])
+
+
+# What users get
+
+
+def test_goodput_counts_who_came_in_time():
+    answers = [
+        Answer("quick", ((1, 2, 3),), arrival_s=1.0, first_token_s=1.1, finished_s=1.2),  # TTFT 100 ms, TPOT 50 ms
+        Answer("late", ((1, 2, 3),), arrival_s=1.0, first_token_s=2.5, finished_s=2.6),  # TTFT 1,500 ms
+        Answer("slow", ((1, 2, 3),), arrival_s=1.0, first_token_s=1.1, finished_s=2.1),  # TPOT 500 ms
+        Answer("one token", ((1,),), arrival_s=1.0, first_token_s=1.1, finished_s=1.1),
+        Answer("refused", refused="too long"),
+    ]
+    assert [answer.name for answer in goodput.good(answers, 1000, 60)] == ["quick", "one token"]
+    assert answers[0].ttft_ms == pytest.approx(100) and answers[0].tpot_ms == pytest.approx(50)
+
+
+def test_a_row_of_a_load_adds_up(model, requests):
+    row = goodput.measure_serving(model, "kivi-4", requests, PLENTY, 1e9, 1e9, chunk_tokens=64)
+    n_tokens = sum(request.new_tokens * request.n_sequences for request in requests)
+    assert row["n_answered"] == len(requests) and row["good_share"] == 1
+    assert row["tokens_per_s"] * row["seconds"] == pytest.approx(n_tokens)
+    assert row["goodput_per_s"] * row["seconds"] == pytest.approx(len(requests))
+    assert 0 < row["scheduler_share"] < 1 and row["ttft_p50_ms"] <= row["ttft_p95_ms"] <= row["ttft_p99_ms"]
+
+
+@pytest.mark.parametrize("method", ["v1", "hybrid-8x"])
+def test_a_burst_and_a_timeline_are_told_in_rows(model, requests, method):
+    rows = goodput.measure_burst(model, method, requests, PLENTY, (0.0000000015, 0.0000000045), chunk_tokens=64)
+    assert [row["phase"] for row in rows] == ["before", "burst", "after"] and [row["n_requests"] for row in rows] == [2, 3, 5]
+    turns = goodput.measure_timeline(model, method, requests, PLENTY, 9, chunk_tokens=64)
+    assert len(turns) == 9 and all(0 <= turn["unfilled_percent"] <= 100 for turn in turns)
+    assert all(turn["empty_bytes"] <= turn["used_bytes"] <= turn["taken_bytes"] for turn in turns)
+    assert max(turn["used_bytes"] for turn in turns) > 0 and turns[-1]["used_bytes"] == 0
 
 
 # Refused by name
