@@ -137,14 +137,14 @@ def step_workspace_bytes(
     return max(activations, logits, votes, filing_bytes(spec, chosen, batch) + free)
 
 
-def largest(fits: Callable[[int], bool], guess: int) -> int:
-    """The largest n >= 0 with fits(n), for a monotone `fits`: away from `guess` in steps that double, then bisection.
+def largest(fits: Callable[[int], bool], guess: int, within: int = 1) -> int:
+    """The largest n >= 0 with fits(n), or up to `within` - 1 less, for a monotone `fits`.
 
-    A right guess takes two calls.
+    Away from `guess` in steps that double, then by bisection: a right guess takes two calls.
     """
     guess = n = max(guess, 1)
-    low, high, step = 0, math.inf, 1
-    while high - low > 1:
+    low, high, step = 0, math.inf, within
+    while high - low > within:
         low, high = (n, high) if fits(n) else (low, n)
         if high == math.inf or low == 0 and guess > step:
             n, step = guess + (step if low else -step), 2 * step

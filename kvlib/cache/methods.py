@@ -38,6 +38,7 @@ def paged(summary: str, **recipe) -> Method:
 METHODS = {
     "v0": Method("no cache: every step recomputes the prefix", None),
     "v1": Method("keys and values as they are", DenseStore),
+    "v1-paged": paged("keys and values as they are, in pages"),
     "v2": Method("INT8 per token, quantised and dequantised in Python", NaiveInt8Store),
     "v2-fused": Method("INT8 per token, attention computed on the codes", FusedInt8Store),
     "v3": Method("pairs of layers share the first one's cache", DenseStore, "groups-2"),

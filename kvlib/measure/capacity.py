@@ -26,6 +26,7 @@ from kvlib.measure.memory import held_bytes
 from kvlib.model.load import Model
 from kvlib.spec import FEWEST_FILED, largest, predicted_max_batch, predicted_max_context
 
+FINEST = 128
 WARM_UP_TOKENS = 4 * PAGE_TOKENS  # enough for pages to leave the window
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "could not create a")
 
@@ -102,6 +103,12 @@ def decode_full_cache(model: Model, method: str, batch: int, context_tokens: int
     return {"tpot_ms": tpot_ms, "tokens_per_s": 1e3 * batch / tpot_ms, "held_bytes": held_bytes(cache)}
 
 
+def _warm_up(model: Model, method: str, batch: int, options: dict) -> None:
+    """Load what the libraries load for this method, and for this batch: it is neither the cache's bytes nor a step's time."""
+    for sequences, tokens in ((1, WARM_UP_TOKENS), (batch, PAGE_TOKENS)):
+        decode_full_cache(model, method, sequences, tokens, 1, **options)
+
+
 def fits_pool(model: Model, method: str, batch: int, context_tokens: int, budget_bytes: int, **options) -> bool:
     """Whether a pool of so many bytes has all pages of these sequences, which are reserved when their first token comes."""
     pool = PagePool(model.spec.head_dim, budget_bytes)
@@ -125,8 +132,7 @@ def _start_child(model: Model) -> None:
 @torch.inference_mode()
 def _fits(method: str, batch: int, context_tokens: int, budget_bytes: int, options: dict) -> bool:
     with attention_through_cache(_model.network):
-        # The libraries' kernels for this batch are not the cache's bytes.
-        decode_full_cache(_model, method, batch, min(context_tokens, WARM_UP_TOKENS), n_steps=1, **options)
+        _warm_up(_model, method, batch, options)
         try:
             with memory_limit(_model.device, budget_bytes):
                 decode_full_cache(_model, method, batch, context_tokens, n_steps=1, **options)
@@ -169,7 +175,7 @@ def find_largest(
 ) -> tuple[int, int | None, dict[str, int]]:
     """The largest n whose `sizes(n)`, batch and context, fit: really, and in a pool of pages (None: the method has none).
 
-    -> and n_trials and n_out_of_memory of the search by real allocation.
+    -> and n_trials and n_out_of_memory of the search by real allocation, which is no finer than a FINEST-th of the guess.
     """
     tried: list[bool] = []
     with trials(model) as really_fits:
@@ -178,7 +184,7 @@ def find_largest(
             tried.append(really_fits(method, *sizes(n), budget_bytes, options))
             return tried[-1]
 
-        found = largest(fits, guess)
+        found = largest(fits, guess, 1 + guess // FINEST)
     paged = get_method(method).recipe
     in_pool = largest(lambda n: fits_pool(model, method, *sizes(n), budget_bytes, **options), guess) if paged else None
     return found, in_pool, {"n_trials": len(tried), "n_out_of_memory": tried.count(False)}
@@ -188,7 +194,7 @@ def _speed(model: Model, method: str, batch: int, context_tokens: int, n_steps: 
     if not (batch and context_tokens):
         return {"tpot_ms": math.nan, "tokens_per_s": 0.0, "held_bytes": 0}
     with attention_through_cache(model.network):
-        decode_full_cache(model, method, batch, min(context_tokens, WARM_UP_TOKENS), 1, **options)
+        _warm_up(model, method, batch, options)
         return decode_full_cache(model, method, batch, context_tokens, n_steps, **options)
 
 
