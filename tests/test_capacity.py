@@ -12,8 +12,9 @@ from kvlib.cache.attention import attention_through_cache
 from kvlib.cache.methods import build_cache
 from kvlib.cache.pages import PAGE_BOOK_BYTES, PagePool
 from kvlib.kernels.operand import PAGE_TOKENS
-from kvlib.measure import capacity, scale
+from kvlib.measure import capacity
 from kvlib.measure.memory import held_bytes
+from kvlib.measure.scale import Machine, compare, published_spec, users_per_gpu
 from kvlib.model import load
 
 MIB = 2**20
@@ -22,7 +23,7 @@ FLAT = spec.ModelSpec(
     n_layers=2, n_heads=8, n_kv_heads=2, head_dim=16, hidden=128, mlp_hidden=256, mlp_matrices=3, vocabulary=1000,
     n_params=10**6, dtype=torch.bfloat16,
 )  # fmt: skip
-CARD = scale.Machine(memory_bytes=2 * 10**6 + 10 * (256_000 + 2_560), bandwidth_bytes_per_s=1e9, flops_per_s=1e15)
+CARD = Machine(memory_bytes=2 * 10**6 + 10 * (256_000 + 2_560), bandwidth_bytes_per_s=1e9, flops_per_s=1e15)
 
 
 @pytest.fixture(scope="module")
@@ -133,43 +134,43 @@ def test_a_workspace_grows_with_the_batch_only_where_it_must(tiny_qwen2):
 
 def test_the_calculator_by_hand():
     # 2 layers x 2 KV heads x 1,000 tokens x 2 x 16 numbers of 2 bytes; activations 4 x 128 + 3 x 256 numbers of 2 bytes.
-    service = scale.users_per_gpu(FLAT, CARD, "v1", 1000, efficiency=0.5)
+    service = users_per_gpu(FLAT, CARD, "v1", 1000, efficiency=0.5)
     assert (service.users, service.weight_bytes, service.cache_bytes_per_user) == (10, 2 * 10**6, 256_000)
     assert service.step_ms == pytest.approx(2 * (2e6 + 10 * 256_000) / 1e6) and service.binds == "bandwidth"
     assert service.tokens_per_s == pytest.approx(10 * 1e3 / service.step_ms)
-    slow = scale.users_per_gpu(FLAT, scale.Machine(CARD.memory_bytes, 1e15, 1e9), "v1", 1000)
+    slow = users_per_gpu(FLAT, Machine(CARD.memory_bytes, 1e15, 1e9), "v1", 1000)
     flops = 10 * (2 * 2 * (128 * 16 * 20 + 3 * 128 * 256) + 2 * 4 * 1000 * 8 * 16 + 2 * 128 * 1000)
     assert slow.binds == "compute" and slow.step_ms == pytest.approx(flops / 1e6)
-    none = scale.users_per_gpu(FLAT, scale.Machine(2 * 10**6, 1e9, 1e15), "v1", 1000)
+    none = users_per_gpu(FLAT, Machine(2 * 10**6, 1e9, 1e15), "v1", 1000)
     assert none.users == none.tokens_per_s == none.tokens_per_s_per_user == 0 and none.binds == "memory"
 
 
 def test_tensor_parallelism_splits_caches_until_kv_heads_run_out():
-    one, two, four = (scale.users_per_gpu(FLAT, CARD, "v1", 1000, ways=ways) for ways in (1, 2, 4))
+    one, two, four = (users_per_gpu(FLAT, CARD, "v1", 1000, ways=ways) for ways in (1, 2, 4))
     assert one.cache_bytes_per_user == 2 * two.cache_bytes_per_user == 2 * four.cache_bytes_per_user
     assert one.weight_bytes == 2 * two.weight_bytes == 4 * four.weight_bytes
     assert one.users < two.users < four.users and two.users > 2 * one.users
     for ways in (0, 3, 16):
         with pytest.raises(ValueError, match="divisor of the model's 8"):
-            scale.users_per_gpu(FLAT, CARD, "v1", 1000, ways=ways)
+            users_per_gpu(FLAT, CARD, "v1", 1000, ways=ways)
     with pytest.raises(ValueError, match="efficiency"):
-        scale.users_per_gpu(FLAT, CARD, "v1", 1000, efficiency=0)
+        users_per_gpu(FLAT, CARD, "v1", 1000, efficiency=0)
 
 
 def test_more_memory_and_fewer_bytes_never_serve_fewer():
-    sizes = [scale.Machine(memory, 1e12, 1e15) for memory in (10**7, 10**8, 10**9)]
+    sizes = [Machine(memory, 1e12, 1e15) for memory in (10**7, 10**8, 10**9)]
     for method in ("v1", "v2-fused", "kivi-2", "h2o", "hybrid-12x"):
-        by_memory = [scale.users_per_gpu(FLAT, machine, method, 2048).users for machine in sizes]
-        by_context = [scale.users_per_gpu(FLAT, sizes[-1], method, context).users for context in (512, 2048, 8192)]
+        by_memory = [users_per_gpu(FLAT, machine, method, 2048).users for machine in sizes]
+        by_context = [users_per_gpu(FLAT, sizes[-1], method, context).users for context in (512, 2048, 8192)]
         assert by_memory == sorted(by_memory) and by_context == sorted(by_context, reverse=True)
-    users = [scale.users_per_gpu(FLAT, sizes[-1], m, 8192).users for m in ("v1", "kivi-4", "hybrid-5x", "hybrid-8x", "hybrid-12x")]
+    users = [users_per_gpu(FLAT, sizes[-1], m, 8192).users for m in ("v1", "kivi-4", "hybrid-5x", "hybrid-8x", "hybrid-12x")]
     assert users == sorted(set(users))
-    assert scale.users_per_gpu(FLAT, sizes[-1], "h2o", 8192, budget=0.1).users > scale.users_per_gpu(FLAT, sizes[-1], "h2o", 8192).users
+    assert users_per_gpu(FLAT, sizes[-1], "h2o", 8192, budget=0.1).users > users_per_gpu(FLAT, sizes[-1], "h2o", 8192).users
 
 
 def test_a_model_on_paper_is_the_model():
     config = TINY["qwen2"] | dict(vocab_size=128)
-    assert scale.published_spec(config) == spec.ModelSpec.of(tiny_network("qwen2", torch.bfloat16))
+    assert published_spec(config) == spec.ModelSpec.of(tiny_network("qwen2", torch.bfloat16))
 
 
 def test_an_evicting_step_is_charged_for_what_it_attends_to():
@@ -179,7 +180,7 @@ def test_an_evicting_step_is_charged_for_what_it_attends_to():
 
 def test_the_calculator_against_measured_steps():
     rows = [{"method": "v1", "batch": b, "context_tokens": 1000, "tpot_ms": tpot} for b, tpot in ((1, 4.512), (10, 9.12))]
-    compared = scale.compare(FLAT, CARD, rows)
+    compared = compare(FLAT, CARD, rows)
     assert [row["predicted_x"] for row in compared] == pytest.approx([0.5, 0.5])
-    again = scale.compare(FLAT, CARD, rows, efficiency=compared[0]["predicted_x"])
+    again = compare(FLAT, CARD, rows, efficiency=compared[0]["predicted_x"])
     assert [row["predicted_ms"] for row in again] == pytest.approx([4.512, 9.12])
