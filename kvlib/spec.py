@@ -13,8 +13,8 @@ from kvlib.cache.sharing import composed, owners_of
 from kvlib.cache.table import ROWS_AT_ONCE
 from kvlib.kernels.operand import DENSE, PAGE_TOKENS
 
-FEWEST_FILED = 256  # tokens of all sequences that are filed at once, be it a piece of a prompt
-FREE_PAGE_BYTES = 48  # of each page that is not yet taken, in the pool's lists of numbers; measured
+FEWEST_FILED = 512  # tokens of all sequences that are filed at once, be it a piece of a prompt
+FREE_PAGE_BYTES = 56  # of each page that is not yet taken, in the pool's lists of numbers; measured
 ENDLESS_TOKENS = 2**40
 
 
@@ -102,9 +102,10 @@ def filing_bytes(spec: ModelSpec, recipe: Recipe, batch: int) -> int:
     """Bytes that one layer's tokens take on their way from the window to their pages: a page each of ROWS_AT_ONCE sequences.
 
     Keys and values are read and joined: two copies. Where tokens compete, they are also joined with the reservoir, gathered
-    by page and stored: five. Codes are made from another copy, in fp32.
+    by page and stored: five. Where pages can fall to a lower tier, these are read: six. Codes are made from a copy in fp32.
     """
-    per_number = (5 if recipe.keep else 2) * spec.dtype.itemsize + 4 * (min(bits for bits, _ in recipe.tiers) < DENSE)
+    copies, quantised = 5 if recipe.keep else 2, min(bits for bits, _ in recipe.tiers) < DENSE
+    per_number = (copies + (len(recipe.tiers) > 1)) * spec.dtype.itemsize + 4 * quantised
     n_tokens = max(min(batch, ROWS_AT_ONCE) * PAGE_TOKENS, FEWEST_FILED)
     return 2 * n_tokens * spec.n_kv_heads * spec.head_dim * per_number
 

@@ -161,11 +161,15 @@ def test_goodput_counts_who_came_in_time():
 
 
 def test_a_row_of_a_load_adds_up(model, requests):
-    row = goodput.measure_serving(model, "kivi-4", requests, PLENTY, 1e9, 1e9, chunk_tokens=64)
-    n_tokens = sum(request.new_tokens * request.n_sequences for request in requests)
-    assert row["n_answered"] == len(requests) and row["good_share"] == 1
+    loads = [requests, requests[:4]]
+    rows = goodput.measure_serving(model, ["v1", "kivi-4"], loads, PLENTY, 1e9, 1e9, chunk_tokens=64)
+    assert [row["method"] for row in rows] == ["v1", "kivi-4"]
+    row, n_requests = rows[1], sum(map(len, loads))
+    n_tokens = sum(request.new_tokens * request.n_sequences for load in loads for request in load)
+    assert row["n_answered"] == n_requests and row["good_share"] == 1
     assert row["tokens_per_s"] * row["seconds"] == pytest.approx(n_tokens)
-    assert row["goodput_per_s"] * row["seconds"] == pytest.approx(len(requests))
+    assert row["goodput_per_s"] * row["seconds"] == pytest.approx(n_requests)
+    assert 1 <= row["mean_running"] <= row["most_running"] <= 14
     assert 0 < row["scheduler_share"] < 1 and row["ttft_p50_ms"] <= row["ttft_p95_ms"] <= row["ttft_p99_ms"]
 
 
@@ -195,8 +199,9 @@ def test_impossible_requests_are_refused_by_name_and_the_others_go_on(model, req
     asked = [fine, *(dataclasses.replace(fine, name=name, **change) for name, (change, _) in bad.items())]
     for method in ("v1", "kivi-4"):
         budget = spec.held_bytes(model.spec, method, 1, 1000)
-        answers = {answer.name: answer for answer in serve(model, method, asked, budget, chunk_tokens=64).answers}
-        assert answers[fine.name].tokens == alone(model, method, fine)
+        server = serve(model, method, asked, budget, chunk_tokens=64)
+        answers = {answer.name: answer for answer in server.answers}
+        assert answers[fine.name].tokens == alone(model, method, fine) and server.clock_s < 600
         for name, (_, reason) in bad.items():
             assert answers[name].refused.startswith(f"{name}: ") and reason in answers[name].refused
             assert answers[name].tokens == ()

@@ -88,7 +88,8 @@ def decode_full_cache(model: Model, method: str, batch: int, context_tokens: int
     """
     cache = build_cache(method, model.network, capacity_tokens=context_tokens, **options)
     filled = tokens_that_fill(cache, context_tokens) - n_steps
-    piece = max(FEWEST_FILED // batch, PAGE_TOKENS if get_method(method).recipe else PAGE_TOKENS // 4)
+    whole = get_method(method).recipe is not None  # pages leave the window one behind the other, not two at once
+    piece = max(FEWEST_FILED // batch // PAGE_TOKENS, 1) * PAGE_TOKENS if whole else max(FEWEST_FILED // 2 // batch, 8)
     for start in range(0, filled, piece):
         key, value = random_tokens(model, batch, min(piece, filled - start))
         for layer in range(model.spec.n_layers):

@@ -1,4 +1,4 @@
-"""What users get from a server: latencies, throughput and goodput of one method under one load, as a row."""
+"""What users get from a server: latencies, throughput and goodput of a method under a load, as a row."""
 
 import numpy as np
 
@@ -14,46 +14,58 @@ def good(answers: list[Answer], ttft_ms: float, tpot_ms: float) -> list[Answer]:
     return [a for a in answers if not a.refused and a.ttft_ms <= ttft_ms and a.tpot_ms <= tpot_ms]
 
 
-def summarise(server: Server, ttft_ms: float, tpot_ms: float) -> dict[str, float]:
-    """One row of a served load.
+def summarise(servers: list[Server], ttft_ms: float, tpot_ms: float) -> dict[str, float]:
+    """One row of loads served one after the other, their requests taken together.
 
     -> n_answered, n_refused, n_preempted (times), shared_tokens; ttft_p50_ms, _p95_, _p99_, tpot_p50_ms, _p95_; seconds
-    from the first arrival to the last answer, tokens_per_s, goodput_per_s (requests within both targets), good_share;
-    most_running (sequences at once), mean_running (over time), peak_used_bytes, and scheduler_share: of the loop's time,
-    what is not spent in the model.
+    from the first arrival to the last answer of each load, tokens_per_s, goodput_per_s (requests within both targets),
+    good_share; most_running (sequences at once), mean_running (over time), peak_used_bytes, and scheduler_share: of the
+    loop's time, what is not spent in the model. Raises ValueError where nobody was answered.
     """
-    answered = [answer for answer in server.answers if not answer.refused]
+    answers = [answer for server in servers for answer in server.answers]
+    answered = [answer for answer in answers if not answer.refused]
     if not answered:
         raise ValueError("serving: every request was refused; give a larger budget or shorter requests.")
-    in_time, n_all = good(answered, ttft_ms, tpot_ms), len(server.answers)
-    begin, end = min(a.arrival_s for a in answered), max(a.finished_s for a in answered)
-    columns = {name: np.array([turn[name] for turn in server.timeline]) for name in server.timeline[0]}
+    turns = [turn for server in servers for turn in server.timeline]
+    took = [turn["clock_s"] - before for server in servers for turn, before in zip(server.timeline, starts(server))]
+    seconds = sum(server.timeline[-1]["clock_s"] - min(a.arrival_s for a in server.answers) for server in servers)
+    in_time = good(answered, ttft_ms, tpot_ms)
     row = {
-        "n_answered": len(answered), "n_refused": n_all - len(answered), "n_preempted": sum(a.n_preempted for a in answered),
-        "shared_tokens": sum(a.shared_tokens for a in answered),
+        "n_answered": len(answered), "n_refused": len(answers) - len(answered),
+        "n_preempted": sum(a.n_preempted for a in answered), "shared_tokens": sum(a.shared_tokens for a in answered),
     }  # fmt: skip
     for name, percents in (("ttft", (50, 95, 99)), ("tpot", (50, 95))):
         values = [getattr(answer, f"{name}_ms") for answer in answered]
         row |= {f"{name}_p{percent}_ms": float(np.percentile(values, percent)) for percent in percents}
     return row | {
-        "seconds": end - begin,
-        "tokens_per_s": sum(len(tokens) for a in answered for tokens in a.tokens) / (end - begin),
-        "goodput_per_s": len(in_time) / (end - begin),
-        "good_share": len(in_time) / n_all,
-        "most_running": int(columns["n_running"].max()),
-        "mean_running": float(np.average(columns["n_running"], weights=np.diff(columns["clock_s"], prepend=begin))),
-        "peak_used_bytes": int(columns["used_bytes"].max()),
-        "scheduler_share": 1 - server.engine.model_s / server.busy_s,
+        "seconds": seconds,
+        "tokens_per_s": sum(len(tokens) for a in answered for tokens in a.tokens) / seconds,
+        "goodput_per_s": len(in_time) / seconds,
+        "good_share": len(in_time) / len(answers),
+        "most_running": max(turn["n_running"] for turn in turns),
+        "mean_running": float(np.average([turn["n_running"] for turn in turns], weights=took)),
+        "peak_used_bytes": max(turn["used_bytes"] for turn in turns),
+        "scheduler_share": 1 - sum(server.engine.model_s for server in servers) / sum(server.busy_s for server in servers),
     }
 
 
+def starts(server: Server) -> list[float]:
+    """When each turn of a server began, by its clock: with the end of the turn before; the first, with the first arrival."""
+    return [min(a.arrival_s for a in server.answers), *(turn["clock_s"] for turn in server.timeline[:-1])]
+
+
 def measure_serving(
-    model: Model, method: str, requests: list[Request], budget_bytes: int, ttft_ms: float, tpot_ms: float, **options
-) -> dict[str, float]:
-    """`summarise` of requests served once the kernels are warm; options are those of `serve`."""
+    model: Model, methods: list[str], loads: list[list[Request]], budget_bytes: int, ttft_ms: float, tpot_ms: float, **options
+) -> list[dict[str, float]]:
+    """`summarise` of the same loads for each method, a row each; methods take turns, load by load, once all are warm."""
+    servers, rng = {method: [] for method in methods}, np.random.default_rng(0)
     with attention_through_cache(model.network):
-        warm_up(model, method)
-    return summarise(serve(model, method, requests, budget_bytes, **options), ttft_ms, tpot_ms)
+        for method in methods:
+            warm_up(model, method)
+    for load in loads:
+        for method in rng.permutation(methods).tolist():
+            servers[method].append(serve(model, method, load, budget_bytes, **options))
+    return [{"method": method, **summarise(served, ttft_ms, tpot_ms)} for method, served in servers.items()]
 
 
 def measure_burst(

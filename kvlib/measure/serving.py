@@ -45,8 +45,7 @@ class Server:
             raise ValueError(f"server: expected chunk_tokens and max_rows of 1 or more, got {chunk_tokens} and {max_rows}.")
         self.engine, self.max_rows, self.max_waiting, self.log = engine, max_rows, max_waiting, log
         self.chunk_tokens, self.preempt, self.share_prefixes = chunk_tokens, preempt, share_prefixes
-        self.coming: list[Job] = []  # by arrival, as are those that wait
-        self.waiting: list[Job] = []
+        self.coming, self.waiting = [], []  # jobs, by arrival
         self.reading: Job | None = None
         self.running: list[Job] = []  # in the order of their rows in the batch
         self.prefixes: OrderedDict[tuple[int, ...], KVCache] = OrderedDict()
@@ -60,6 +59,7 @@ class Server:
         """Take requests; those that can never be served are answered at once, with the reason. Their names must differ."""
         if len({request.name for request in requests}) < len(requests):
             raise ValueError("server: expected requests of different names.")
+        self.mark_s = time.perf_counter()
         for request in requests:
             if self.log and request.name not in self.log.requests:
                 self.log.write(request)
