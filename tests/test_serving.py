@@ -19,6 +19,7 @@ from kvlib.cache.pages import PagePool, PoolExhausted
 from kvlib.cache.swap import SwappedCache
 from kvlib.kernels import cpu
 from kvlib.measure import goodput, traffic
+from kvlib.measure.allocator import measure_long_fork, measure_pool
 from kvlib.measure.engine import Engine
 from kvlib.measure.requests import Answer, Request, RequestLog
 from kvlib.measure.serving import Server, serve
@@ -358,6 +359,12 @@ def test_a_fork_of_a_long_sequence_adds_no_keys_or_values_and_a_pool_holds_a_mil
     assert pool.used_bytes == before[1] // 2
     pool.release(pages[1::2])
     assert pool.used_bytes == 0 and len(pool.free_pages) >= 10**6
+
+
+def test_the_allocators_rows_count_all_pages_and_no_copied_key():
+    row = measure_long_fork(256, n_layers=3, n_kv_heads=2, n_repeats=2)
+    assert row["n_pages"] == 3 * 2 * 256 // 32 and row["added_kv_bytes"] == 0 and 0 < row["fork_ms"] and 0 < row["free_ms"]
+    assert all(value > 0 for value in measure_pool(1000, n_repeats=3).values())
 
 
 # Traffic
