@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from kvlib.cache.attention import attention_with_votes, dense_attention, visible_keys
+from kvlib.cache.demand import require
 from kvlib.cache.filing import count_votes, enter_window, file_tokens, leave_window
 from kvlib.cache.keep import RULES
 from kvlib.cache.pages import PagePool
 from kvlib.cache.recipe import Recipe
 from kvlib.cache.table import BlockTable
 from kvlib.kernels.backend import load
-from kvlib.kernels.operand import DENSE, PAGE_TOKENS
+from kvlib.kernels.operand import PAGE_TOKENS
 
 
 class PagedStore:
@@ -71,7 +72,7 @@ class PagedStore:
         if self.pending is not None:
             self._settle(None, None)  # nobody looked at them
         if self is self.stores[0] and self.pool.budget_bytes is not None:
-            self._require(*key.shape[:3])
+            require(self, *key.shape[:3])
         if self is self.stores[0] and self.table is None:
             self._open_tables(*key.shape[:2])
         self.pending, self.votes, self.n_waiting = (key, value), None, self.n_readers
@@ -96,34 +97,6 @@ class PagedStore:
             kept = [recipe.most_per_head(n, n_heads) for n, _ in rooms]
         for store, n in zip(self.stores, kept):
             store.table = BlockTable(self.pool, batch, n_heads, n, recipe.window_pages, self.rule)
-
-    def _require(self, batch: int, n_heads: int, t: int) -> None:
-        """Ask the pool for all pages that `t` more tokens may need in all layers, before any layer changes."""
-        total, table = Counter(), self.table
-        groups = [np.arange(batch)] if table is None else table.alike(table.due(t))
-        for store in self.stores:
-            for rows in groups:
-                total.update({bits: max(n, 0) for bits, n in store.need(rows, n_heads, t).items()})
-        self.pool.require(total)
-
-    def need(self, rows: np.ndarray, n_heads: int, t: int) -> Counter:
-        """Pages of each precision that `t` more tokens of equally long sequences may need in this layer; negative: to spare."""
-        before, pages = (int(self.table.n_seen[rows[0]]) if self.table else 0), np.zeros(0, np.int32)
-        n_seen, keeps_waiting = before + t, self.rule is not None and self.recipe.reservoir
-        if self.table:
-            pages = self.table.columns[rows]
-            pages = pages[pages >= 0]
-        if (self.pool.references[pages] > 1).any():  # nothing shared is freed or reused: every group makes a new page
-            held, n_left = Counter(), int(self.table.start[rows[0]]) // PAGE_TOKENS
-            leaving = max(n_seen // PAGE_TOKENS - self.recipe.window_pages - n_left, 0)
-            fresh = dict.fromkeys((bits for bits, _ in self.recipe.tiers), leaving + keeps_waiting * (leaving > 0))
-            opened = -(-n_seen // PAGE_TOKENS) - before // PAGE_TOKENS  # the open page, copied if it is shared, among them
-            fresh[DENSE] = fresh.get(DENSE, 0) + min(opened, self.recipe.window_pages + 1) + keeps_waiting * (leaving > 0)
-        else:
-            held, fresh = Counter(self.pool.bits[pages].tolist()), self.recipe.room(self.limit(n_seen), n_seen)[1]
-        more = Counter({bits: n * len(rows) * n_heads for bits, n in fresh.items()})
-        more.subtract(held)
-        return more
 
     # Attention
 
