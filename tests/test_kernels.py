@@ -345,6 +345,14 @@ def test_little_work_stays_on_one_thread(monkeypatch):
     assert (cpu_threads.threads_for(10), cpu_threads.threads_for(1e9)) == (1, min(2, numba.config.NUMBA_NUM_THREADS))
 
 
+def test_numba_leaves_torch_its_number_of_threads():
+    """In a process of its own: numba's first start would set it for both."""
+    lines = ["import torch", "from kvlib.kernels.cpu_threads import use_threads", "torch.set_num_threads(1)",
+             "torch.get_num_threads()", "use_threads(2)", "print(torch.get_num_threads())"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
+
+
 def test_exp2_within_two_ulp():
     x = np.concatenate([np.linspace(-126, 0, 200_001), -np.logspace(-30, 0, 1000)]).astype(np.float32)
     exact = np.exp2(x.astype(np.float64))

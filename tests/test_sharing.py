@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from kvlib import paths
 from kvlib.cache.alignment import Alignment, checksum
 from kvlib.cache.dense import DenseStore
-from kvlib.cache.fit import FittingLayer, fit_alignment, key_map
+from kvlib.cache.fit import RIDGE, FittingLayer, fit_alignment, key_map, ridge
 from kvlib.cache.methods import build_cache
 from kvlib.cache.sharing import choose_greedily, in_words, one_step_on, owners_of
 from kvlib.measure.memory import held_bytes
@@ -364,6 +364,19 @@ def test_a_chosen_map_and_its_maps_are_measured_together(tiny_gpt2):
     assert plain["maps_bytes"] == 0 < aligned["maps_bytes"]
     own = measure_sharing(tiny_gpt2, held_out_text(), "own", aligned=True, **kwargs)
     assert own["perplexity_x"] == pytest.approx(1) and own["maps_bytes"] == 0
+
+
+def test_ridge_is_right_on_two_threads():
+    """Batched LU was not: MKL's row swaps met, and one solution in three was NaN."""
+    before, generator = torch.get_num_threads(), torch.Generator().manual_seed(0)
+    x, y = (torch.randn(8, 600, 256, generator=generator, dtype=torch.float64) for _ in range(2))
+    decay = RIDGE * x.square().sum(1).mean(-1)[:, None, None] * torch.eye(256)
+    torch.set_num_threads(2)
+    try:
+        for _ in range(10):
+            torch.testing.assert_close((x.mT @ x + decay) @ ridge(x, y), x.mT @ y)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_another_tokenizer_is_no_reference(tiny_gpt2):

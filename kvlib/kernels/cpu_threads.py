@@ -16,5 +16,8 @@ def threads_for(steps: float) -> int:
 
 @functools.lru_cache(maxsize=1)
 def use_threads(n: int) -> None:
-    """From now on work on n threads; asking again for what is so costs nothing."""
+    """From now on work on n threads; asking again for what is so costs nothing. Torch keeps its own number of threads, which
+    numba would change at its first start, where both work with one OpenMP."""
+    n_torch = torch.get_num_threads()
     numba.set_num_threads(n)
+    torch.set_num_threads(n_torch)
