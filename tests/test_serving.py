@@ -181,10 +181,27 @@ def test_a_row_of_a_load_adds_up(model, requests):
 def test_a_burst_and_a_timeline_are_told_in_rows(model, requests, method):
     rows = goodput.measure_burst(model, method, requests, PLENTY, (0.0000000015, 0.0000000045), chunk_tokens=64)
     assert [row["phase"] for row in rows] == ["before", "burst", "after"] and [row["n_requests"] for row in rows] == [2, 3, 5]
+    assert rows[0]["tokens_per_s"] == 0 and rows[2]["tokens_per_s"] > 0  # nothing is made in nanoseconds
+    made = serve(model, method, requests, PLENTY, chunk_tokens=64)
+    n_tokens = [turn["n_tokens"] for turn in made.timeline]
+    assert n_tokens == sorted(n_tokens) and n_tokens[-1] == sum(len(tokens) for a in made.answers for tokens in a.tokens)
     turns = goodput.measure_timeline(model, method, requests, PLENTY, 9, chunk_tokens=64)
     assert len(turns) == 9 and all(0 <= turn["unfilled_percent"] <= 100 for turn in turns)
     assert all(turn["empty_bytes"] <= turn["used_bytes"] <= turn["taken_bytes"] for turn in turns)
     assert max(turn["used_bytes"] for turn in turns) > 0 and turns[-1]["used_bytes"] == 0
+
+
+def test_who_gets_other_tokens_than_alone_is_counted(model, requests, monkeypatch):
+    row = goodput.measure_alone(model, "kivi-4", requests[:3], PLENTY, chunk_tokens=64)
+    assert row["n_equal"] == row["n_requests"] == 3 and row["most_running"] > 1
+
+    def serve_alone_another(model, method, some, *rest, **options):
+        """Alone, the prompt lacks its first token."""
+        some = some if len(some) > 1 else [dataclasses.replace(some[0], prompt=some[0].prompt[1:])]
+        return serve(model, method, some, *rest, **options)
+
+    monkeypatch.setattr(goodput, "serve", serve_alone_another)
+    assert goodput.measure_alone(model, "kivi-4", requests[:3], PLENTY, chunk_tokens=64)["n_equal"] < 3
 
 
 # Refused by name

@@ -24,12 +24,12 @@ ROWS_PER_THREAD = 4  # of a matrix product on a CPU; with fewer its rows are sum
 
 class Engine:
     """The sequences being decoded are rows of `batch`. Caches of pages share one `pool`, which grows with the tokens; caches in
-    one piece take the room of their last token at once, and `reserved_bytes` says of how many. `recipe` overrides the
-    method's. Raises ValueError for a method without a cache, and a budget that does not hold one token's.
+    one piece take the room of their last token at once, and `reserved_bytes` says of how many. Raises ValueError for a method
+    without a cache, and a budget that does not hold one token's.
     """
 
-    def __init__(self, model: Model, method: str, budget_bytes: int, **recipe):
-        self.model, self.method, self.budget_bytes, self.recipe = model, method, budget_bytes, recipe
+    def __init__(self, model: Model, method: str, budget_bytes: int):
+        self.model, self.method, self.budget_bytes = model, method, budget_bytes
         if get_method(method).store is None:
             raise ValueError(f"{method}: it has no cache to serve from; use v1.")
         if budget_bytes < (least := self.cache_bytes(1)):
@@ -41,7 +41,7 @@ class Engine:
 
     def cache_bytes(self, tokens: int) -> int:
         """Of one sequence, in closed form."""
-        return spec.held_bytes(self.model.spec, self.method, 1, tokens, **self.recipe)
+        return spec.held_bytes(self.model.spec, self.method, 1, tokens)
 
     def bytes_to_begin(self, request: Request) -> int:
         """Of a prompt in pages, or of all that caches in one piece will ever hold."""
@@ -58,7 +58,7 @@ class Engine:
     def fresh_cache(self, tokens: int) -> KVCache:
         """An empty cache for a sequence of so many tokens in the end."""
         room = {"pool": self.pool} if self.pool else {"capacity_tokens": tokens}
-        return build_cache(self.method, self.model.network, **room, **self.recipe)
+        return build_cache(self.method, self.model.network, **room)
 
     @property
     def used_bytes(self) -> int:

@@ -13,6 +13,7 @@ from kvlib.cache.adapter import KVCache
 from kvlib.cache.attention import attention_through_cache
 from kvlib.cache.methods import build_cache
 from kvlib.cache.pages import PagePool
+from kvlib.measure.choice import CHOICES
 from kvlib.measure.clock import now, spread
 from kvlib.measure.decoder import prompt_ids, warm_up
 from kvlib.measure.memory import held_bytes
@@ -80,22 +81,6 @@ def measure_fork(
         twin.reset()
     times = {**spread(twins, "twin_ms"), **spread(expansions, "expand_ms")}
     return times | {"prompt_kv_bytes": before, "added_kv_bytes": added, "added_held_bytes": more}
-
-
-def sampled(logits: Tensor, totals: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Each of n sequences draws a token from logits [n, V]: -> whom it continues, the token, log-probability so far, [n]."""
-    tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-    totals = totals + logits.log_softmax(-1).gather(1, tokens)[:, 0]
-    return torch.arange(len(tokens), device=tokens.device), tokens[:, 0], totals
-
-
-def best_beams(logits: Tensor, totals: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The n likeliest continuations of n sequences by log-probability so far, in the form of `sampled`."""
-    totals, best = (totals[:, None] + logits.log_softmax(-1)).flatten().topk(len(totals))
-    return best // logits.shape[-1], best % logits.shape[-1], totals
-
-
-CHOICES = {"samples": sampled, "beams": best_beams}
 
 
 def census(cache: KVCache, prompt_bytes: int) -> dict[str, float]:

@@ -68,6 +68,27 @@ def measure_serving(
     return [{"method": method, **summarise(served, ttft_ms, tpot_ms)} for method, served in servers.items()]
 
 
+def tokens_until(server: Server, moment_s: float) -> int:
+    """Tokens that a server had made by this moment of its clock."""
+    return max((turn["n_tokens"] for turn in server.timeline if turn["clock_s"] <= moment_s), default=0)
+
+
+def measure_alone(model: Model, method: str, requests: list[Request], budget_bytes: int, **options) -> dict[str, int]:
+    """Of requests served together, how many get exactly the tokens of the same request served alone.
+
+    -> n_requests, n_equal; of those served together, most_running (sequences at once), n_preempted (times) and shared_tokens.
+    """
+    together = serve(model, method, requests, budget_bytes, **options)
+    tokens = {answer.name: answer.tokens for answer in together.answers}
+    alone = [serve(model, method, [request], budget_bytes, **options).answers[0] for request in requests]
+    return {
+        "n_requests": len(requests), "n_equal": sum(answer.tokens == tokens[answer.name] for answer in alone),
+        "most_running": max(turn["n_running"] for turn in together.timeline),
+        "n_preempted": sum(answer.n_preempted for answer in together.answers),
+        "shared_tokens": sum(answer.shared_tokens for answer in together.answers),
+    }  # fmt: skip
+
+
 def measure_burst(
     model: Model, method: str, requests: list[Request], budget_bytes: int, burst_s: tuple[float, float], **options
 ) -> list[dict[str, float]]:
@@ -80,13 +101,12 @@ def measure_burst(
     for phase, begin, end in zip(("before", "burst", "after"), edges, edges[1:]):
         answers = [a for a in server.answers if begin <= a.arrival_s < end]
         ttft = [a.ttft_ms for a in answers if not a.refused] or [float("nan")]
-        made = sum(turn["n_running"] for turn in server.timeline if begin <= turn["clock_s"] < end)
         rows.append({
             "phase": phase, "n_requests": len(answers), "n_refused": sum(bool(a.refused) for a in answers),
             "n_preempted": sum(a.n_preempted for a in answers),
             "ttft_p95_ms": float(np.percentile(ttft, 95)), "ttft_p99_ms": float(np.percentile(ttft, 99)),
             "arriving_tokens_per_s": sum(asked[a.name].total_tokens for a in answers) / (end - begin),
-            "tokens_per_s": made / (end - begin),
+            "tokens_per_s": (tokens_until(server, end) - tokens_until(server, begin)) / (end - begin),
         })  # fmt: skip
     return rows
 

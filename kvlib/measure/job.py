@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvlib.cache.adapter import KVCache
 from kvlib.cache.swap import SwappedCache
-from kvlib.measure.forks import CHOICES
+from kvlib.measure.choice import CHOICES
 from kvlib.measure.requests import Request
 
 

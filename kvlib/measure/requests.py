@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvlib.measure.forks import CHOICES
+from kvlib.measure.choice import CHOICES
 
 
 @dataclass(frozen=True)

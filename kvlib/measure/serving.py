@@ -181,9 +181,11 @@ class Server:
         self.timeline.append(self._state())
 
     def _state(self) -> dict[str, float]:
-        """The moment's sequences, and bytes: taken from the system, used of these, and, of those, empty of tokens."""
+        """The moment's sequences, tokens made so far, and bytes: taken from the system, used, and of these empty of tokens."""
+        n_tokens = sum(len(tokens) for answer in self.answers for tokens in answer.tokens)
+        n_tokens += sum(len(job.steps) * job.n_rows for job in (*self._jobs(), *self.waiting))
         n_running = sum(job.n_rows for job in self.running)
-        row = {"clock_s": self.clock_s, "n_running": n_running, "n_waiting": len(self.waiting)}
+        row = {"clock_s": self.clock_s, "n_running": n_running, "n_waiting": len(self.waiting), "n_tokens": n_tokens}
         return row | self.engine.bytes_now([(job.n_seen, job.n_rows) for job in self._jobs()])
 
     def _tick(self) -> None:
@@ -237,11 +239,9 @@ class Server:
             self._answer(job)
 
 
-def serve(
-    model: Model, method: str, requests: list[Request], budget_bytes: int, *, recipe: dict | None = None, **options
-) -> Server:
+def serve(model: Model, method: str, requests: list[Request], budget_bytes: int, **options) -> Server:
     """Serve requests to the end; `options` are those of `Server`. What its log has answered already is left alone."""
-    server = Server(Engine(model, method, budget_bytes, **recipe or {}), **options)
+    server = Server(Engine(model, method, budget_bytes), **options)
     if log := server.log:
         requests = [*log.open_requests, *(request for request in requests if request.name not in log.requests)]
     with attention_through_cache(model.network):
