@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.bias import CausalBias
 
 from kvlib import spec
-from kvlib.cache.attention import attention_through_cache
+from kvlib.cache.adapter import PEERS
+from kvlib.cache.attention import attention_through_cache, causal, causal_mask
 from kvlib.cache.methods import METHODS
-from kvlib.measure import errors, quality, retrieval
+from kvlib.measure import decoder, errors, quality, retrieval
 from kvlib.measure.bench_attention import PAGES, TORCH_FORMS, contenders, measure_attention
 from kvlib.measure.decode import measure_decode, measure_generation
 from kvlib.measure.decoder import Decoder, prompt_ids
@@ -207,3 +209,29 @@ def test_attention_rows_are_ratios_to_the_strongest_torch_form():
     for row in rows:
         assert row["layer_ms_low"] <= row["layer_ms"] <= row["layer_ms_high"]
         assert math.isclose(row["bandwidth_percent"], 100 * row["bytes_per_s"] / row["bandwidth_bytes_per_s"])
+
+
+@pytest.mark.parametrize("method", [*PEERS, "v1", "v2", "v2-fused", "kivi-4"])
+def test_a_long_prompt_is_read_in_pieces(tiny_gpt2, method, monkeypatch):
+    prompt, tokens, lengths = prompt_ids(tiny_gpt2, 100, batch=2), [], []
+    embedding = tiny_gpt2.network.get_input_embeddings()
+    for room in (2**14, 2 * 48):
+        monkeypatch.setattr(decoder, "PREFILL_TOKENS", room)
+        hook = embedding.register_forward_hook(lambda module, inputs, out: lengths.append(out.shape[1]))
+        with hook, attention_through_cache(tiny_gpt2.network):
+            run = Decoder(tiny_gpt2, method, prompt, 110)
+            for _ in range(8):
+                run.step()
+        tokens.append(run.ids.tolist())
+    assert tokens[0] == tokens[1] and lengths == [100, *[1] * 7, 48, 48, 4, *[1] * 7]
+
+
+def test_a_piece_of_a_prompt_gets_no_booleans_unless_something_is_padded():
+    plain = dict(batch_size=1, q_length=3, kv_length=8, q_offset=5)
+    assert isinstance(causal_mask(**plain), CausalBias)
+    assert causal_mask(**plain | {"kv_length": 9}).shape == (1, 1, 3, 9), "a cache with room to spare"
+    padded = causal_mask(**plain, attention_mask=torch.tensor([[False] + [True] * 7]))
+    assert padded.shape == (1, 1, 3, 8) and not padded[..., 0].any()
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (3, 8, 8))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    torch.testing.assert_close(attend(q, k, v, attn_mask=causal_mask(**plain)), attend(q, k, v, attn_mask=causal(3, 8, "cpu")))

@@ -9,6 +9,7 @@ from kvlib.cache.methods import build_cache
 from kvlib.model.load import Model
 
 WARM_UP_STEPS = 3
+PREFILL_TOKENS = 2**14  # of all sequences, read in one pass; a longer prompt is read in pieces
 
 
 def prompt_ids(model: Model, n_tokens: int, batch: int = 1, seed: int = 0) -> Tensor:
@@ -41,7 +42,8 @@ class Decoder:
             logits = self.network(self.ids, use_cache=False, logits_to_keep=1).logits
         else:
             new = self.ids[:, self.cache.get_seq_length() :]
-            logits = self.network(new, past_key_values=self.cache, logits_to_keep=1).logits
+            for piece in new.split(max(PREFILL_TOKENS // len(new), 1), 1):
+                logits = self.network(piece, past_key_values=self.cache, logits_to_keep=1).logits
         self.ids = torch.cat([self.ids, logits[:, -1:].argmax(-1)], 1)
 
 
