@@ -1,10 +1,12 @@
 """Measurements measure what they say: bytes against storages, FLOPs against torch's counter, phases against the whole."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_network
 from torch.nn.attention.bias import CausalBias
 
 from kvlib import spec
@@ -13,6 +15,7 @@ from kvlib.cache.attention import attention_through_cache, causal, causal_mask
 from kvlib.cache.methods import METHODS
 from kvlib.measure import decoder, errors, quality, retrieval
 from kvlib.measure.bench_attention import PAGES, TORCH_FORMS, contenders, measure_attention
+from kvlib.measure.compiled import COMPILED, CompiledDecoder, compiler_reset, peers_here
 from kvlib.measure.decode import measure_decode, measure_generation
 from kvlib.measure.decoder import Decoder, prompt_ids
 from kvlib.measure.mass import log_mass, measure_mass
@@ -235,3 +238,28 @@ def test_a_piece_of_a_prompt_gets_no_booleans_unless_something_is_padded():
     q, k, v = (torch.randn(1, 2, n, 16) for n in (3, 8, 8))
     attend = torch.nn.functional.scaled_dot_product_attention
     torch.testing.assert_close(attend(q, k, v, attn_mask=causal_mask(**plain)), attend(q, k, v, attn_mask=causal(3, 8, "cpu")))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
+def test_a_compiled_step_gives_the_same_tokens_and_leaves_the_model_alone(architecture):
+    model = SimpleNamespace(network=tiny_network(architecture), device="cpu")
+    if COMPILED not in peers_here("cpu"):
+        pytest.skip("no C++ compiler")
+    prompt, before, counters = torch.randint(0, 128, (2, 20)), set(vars(model.network)), torch._dynamo.utils.counters
+    counters.clear()
+    with attention_through_cache(model.network), compiler_reset():
+        plain, compiled = Decoder(model, "DynamicCache", prompt, 30), CompiledDecoder(model, prompt, 30)
+        for run in (plain, compiled):
+            run.step()
+            run.settle()
+            for _ in range(9):
+                run.step()
+    assert compiled.ids.tolist() == plain.ids.tolist() and compiled.ids.shape == (2, 30)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], "compiled once and for all steps"
+    assert set(vars(model.network)) == before and held_bytes(compiled.cache) >= held_bytes(plain.cache)
+
+
+def test_without_a_compiler_the_compiled_peer_is_left_out(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert peers_here("cpu") == ["DynamicCache", "StaticCache"]
+    assert capsys.readouterr().out == "StaticCache, compiled: left out, a C++ compiler is not here.\n"

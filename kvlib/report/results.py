@@ -7,6 +7,7 @@ rows. Rows of two devices never meet in one frame.
 import gc
 import itertools
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -141,8 +142,15 @@ def _measure(measure: Callable, point: dict) -> list[dict]:
         signs = ("memoryerror", "can't allocate memory", "not enough memory", OUT_OF_MEMORY)
         if not any(sign in told for sign in signs):
             raise
-    gc.collect()  # what the failed point still holds must not fail the next one
+    _give_memory_back()
     return [{"status": OUT_OF_MEMORY}]
+
+
+def _give_memory_back() -> None:
+    """What a failed point still holds must not fail the next one: neither objects, nor blocks that torch keeps of a GPU."""
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()  # does nothing where no GPU is in use
 
 
 def _recorded(table: str, profile: str, points: list[dict], who: dict, seed: int) -> pd.DataFrame:
