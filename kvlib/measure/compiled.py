@@ -9,22 +9,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvlib.cache.adapter import PEERS
 from kvlib.measure.decoder import WARM_UP_STEPS, Decoder
 from kvlib.model.load import Model
 
 COMPILED = "StaticCache, compiled"
 
 
-def peers_here(device: str) -> list[str]:
-    """transformers' caches that can be measured here: the compiled one only where inductor finds what it compiles with."""
+def peers_here(peers: list[str], device: str) -> list[str]:
+    """Those that can be measured here: a compiled one, only where inductor finds what it compiles with."""
+    if COMPILED not in peers:
+        return peers
     if device == "cuda":
         lacking = None if importlib.util.find_spec("triton") else "Triton"
     else:
         lacking = None if shutil.which(os.environ.get("CXX", "g++")) else "a C++ compiler"
     if lacking:
         print(f"{COMPILED}: left out, {lacking} is not here.", flush=True)
-    return [*PEERS] if lacking else [*PEERS, COMPILED]
+    return [peer for peer in peers if not lacking or peer != COMPILED]
 
 
 class CompiledDecoder(Decoder):
