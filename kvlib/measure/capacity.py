@@ -152,6 +152,8 @@ def trials(model: Model) -> Iterator[Callable[..., bool]]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch and transformers are imported once for all children
+    gc.collect()
+    torch.cuda.empty_cache()  # blocks of a GPU that this process keeps would be missing there
     fresh = dataclasses.replace(model)  # without the loaded network, so that it is cheap to send
     with contextlib.ExitStack() as stack:
 
