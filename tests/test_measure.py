@@ -1,16 +1,21 @@
 """Measurements measure what they say: bytes against storages, FLOPs against torch's counter, phases against the whole."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_network
+from torch.nn.attention.bias import CausalBias
 
 from kvlib import spec
-from kvlib.cache.attention import attention_through_cache
+from kvlib.cache.adapter import PEERS
+from kvlib.cache.attention import attention_through_cache, causal, causal_mask
 from kvlib.cache.methods import METHODS
-from kvlib.measure import errors, quality, retrieval
+from kvlib.measure import decoder, errors, quality, retrieval
 from kvlib.measure.bench_attention import PAGES, TORCH_FORMS, contenders, measure_attention
+from kvlib.measure.compiled import COMPILED, CompiledDecoder, compiler_reset, peers_here
 from kvlib.measure.decode import measure_decode, measure_generation
 from kvlib.measure.decoder import Decoder, prompt_ids
 from kvlib.measure.mass import log_mass, measure_mass
@@ -207,3 +212,53 @@ def test_attention_rows_are_ratios_to_the_strongest_torch_form():
     for row in rows:
         assert row["layer_ms_low"] <= row["layer_ms"] <= row["layer_ms_high"]
         assert math.isclose(row["bandwidth_percent"], 100 * row["bytes_per_s"] / row["bandwidth_bytes_per_s"])
+
+
+@pytest.mark.parametrize("method", [*PEERS, "v1", "v2", "v2-fused", "kivi-4"])
+def test_a_long_prompt_is_read_in_pieces(tiny_gpt2, method, monkeypatch):
+    prompt, tokens, lengths = prompt_ids(tiny_gpt2, 100, batch=2), [], []
+    embedding = tiny_gpt2.network.get_input_embeddings()
+    for room in (2**14, 2 * 48):
+        monkeypatch.setattr(decoder, "PREFILL_TOKENS", room)
+        hook = embedding.register_forward_hook(lambda module, inputs, out: lengths.append(out.shape[1]))
+        with hook, attention_through_cache(tiny_gpt2.network):
+            run = Decoder(tiny_gpt2, method, prompt, 110)
+            for _ in range(8):
+                run.step()
+        tokens.append(run.ids.tolist())
+    assert tokens[0] == tokens[1] and lengths == [100, *[1] * 7, 48, 48, 4, *[1] * 7]
+
+
+def test_a_piece_of_a_prompt_gets_no_booleans_unless_something_is_padded():
+    plain = dict(batch_size=1, q_length=3, kv_length=8, q_offset=5)
+    assert isinstance(causal_mask(**plain), CausalBias)
+    assert causal_mask(**plain | {"kv_length": 9}).shape == (1, 1, 3, 9), "a cache with room to spare"
+    padded = causal_mask(**plain, attention_mask=torch.tensor([[False] + [True] * 7]))
+    assert padded.shape == (1, 1, 3, 8) and not padded[..., 0].any()
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (3, 8, 8))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    torch.testing.assert_close(attend(q, k, v, attn_mask=causal_mask(**plain)), attend(q, k, v, attn_mask=causal(3, 8, "cpu")))
+
+
+def test_a_compiled_step_gives_the_same_tokens_and_leaves_the_model_alone():
+    model = SimpleNamespace(network=tiny_network("qwen2"), device="cpu")
+    if not peers_here([COMPILED], "cpu"):
+        pytest.skip("no C++ compiler")
+    prompt, before, counters = torch.randint(0, 128, (2, 20)), set(vars(model.network)), torch._dynamo.utils.counters
+    counters.clear()
+    with attention_through_cache(model.network), compiler_reset():
+        plain, compiled = Decoder(model, "DynamicCache", prompt, 30), CompiledDecoder(model, prompt, 30)
+        for run in (plain, compiled):
+            run.step()
+            run.settle()
+            for _ in range(9):
+                run.step()
+    assert compiled.ids.tolist() == plain.ids.tolist() and compiled.ids.shape == (2, 30)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], "compiled once and for all steps"
+    assert set(vars(model.network)) == before and held_bytes(compiled.cache) >= held_bytes(plain.cache)
+
+
+def test_without_a_compiler_the_compiled_peer_is_left_out(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert peers_here(["StaticCache", COMPILED], "cpu") == ["StaticCache"]
+    assert capsys.readouterr().out == "StaticCache, compiled: left out, a C++ compiler is not here.\n"

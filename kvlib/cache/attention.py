@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 NAME = "kvlib"
 VOTER_BLOCK = 64  # queries whose attention weights are formed at once
@@ -86,7 +87,7 @@ def dense_attention(
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
         return out.reshape(batch, n_heads, 1, -1)
     if mask is None and t < total:
-        mask = causal(t, total, query.device)
+        mask = causal_lower_right(t, total) if query.is_cuda else causal(t, total, query.device)  # flash kernels take no tensor
     if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
         mask = mask.repeat_interleave(n_heads // n_kv_heads, 1)
     return F.scaled_dot_product_attention(
@@ -163,11 +164,29 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return key.attend(query, attention_mask, scaling).transpose(1, 2).contiguous(), None
+    mask = None if isinstance(attention_mask, CausalBias) else attention_mask
+    return key.attend(query, mask, scaling).transpose(1, 2).contiguous(), None
+
+
+def causal_mask(
+    *, q_length: int, kv_length: int, q_offset: int | Tensor = 0, attention_mask: Tensor | None = None,
+    mask_function=causal_mask_function, **kwargs,
+) -> Tensor | CausalBias | None:  # fmt: skip
+    """transformers' mask, bool [B, 1, t, T]; for a piece of a prompt without padding, the newest t of T keys, only its shape.
+
+    That spares a long prompt its booleans (2 GiB for 16,384 of 131,072 tokens), and flash kernels know it.
+    """
+    plain = attention_mask is None and mask_function is causal_mask_function and isinstance(q_offset, int)
+    if plain and q_offset and q_length > 1 and q_offset + q_length == kv_length:
+        return causal_lower_right(q_length, kv_length)
+    return sdpa_mask(
+        q_length=q_length, kv_length=kv_length, q_offset=q_offset, attention_mask=attention_mask, mask_function=mask_function,
+        **kwargs,
+    )  # fmt: skip
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)  # an unregistered name would get no mask at all, silently
+AttentionMaskInterface.register(NAME, causal_mask)  # an unregistered name would get no mask at all, silently
 
 
 @contextlib.contextmanager

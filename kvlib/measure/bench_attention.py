@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvlib.cache.attention import attention_backend, flash_attention
 from kvlib.cache.int8 import NaiveInt8Store
 from kvlib.cache.int8_fused import FusedInt8Store
 from kvlib.cache.paged import paged_stores
@@ -28,6 +30,8 @@ from kvlib.measure.memory import held_bytes
 from kvlib.measure.roofline import measure_ceilings
 from kvlib.model.load import device_name, kernels_in_words, pick_device
 
+MOST_TOKENS = 2**20  # of all layers of one contender; 25 GB for all contenders at 8 KV heads of 128 channels
+FLASH = "flash_attention_2"
 TORCH_FORMS = ("SDPA fp32", "SDPA bf16", "eager fp32", "eager bf16")
 PAGES = {"pages 16": 16, "pages 8": 8, "pages 4": 4, "pages 2": 2}
 SHAPES = {  # query heads, KV heads, channels
@@ -66,6 +70,11 @@ def contenders(
         found[f"SDPA {dtype}"] = Contender(lambda i, q=q, kv=layers: F.scaled_dot_product_attention(q, *kv[i]), size)
         found[f"eager {dtype}"] = Contender(lambda i, q=q, kv=layers: eager(q, *kv[i], scaling), size)
 
+    if attention_backend(device, torch.bfloat16) == FLASH:
+        step = partial(flash_attention(), query16[:, None], softmax_scale=scaling)
+        rows = [tuple(x.transpose(1, 2) for x in pair) for pair in halves]
+        found[FLASH] = Contender(lambda i: step(*rows[i]), found["SDPA bf16"].n_bytes)
+
     naive, fused = ([make(context_tokens) for _ in range(n_layers)] for make in (NaiveInt8Store, FusedInt8Store))
     for store, (key, value) in zip(naive + fused, plain * 2):
         store.append(key, value)
@@ -94,9 +103,11 @@ def measure_attention(
 ) -> list[dict]:
     """One row per contender: layer_ms, how much faster that is than torch's forms, and bytes read.
 
+    Of very long contexts there are fewer layers (`n_layers`), MOST_TOKENS tokens in all, so that all contenders fit a GPU.
     sdpa_fp32_x and strongest_x are ratios of times, taken round by round, with quartiles. The strongest torch form is the
     one with the smallest median. `bandwidth_percent`: bytes per second over the ceiling measured in this very run.
     """
+    n_layers = max(min(n_layers, MOST_TOKENS // (context_tokens * batch)), 1)
     ceiling = measure_ceilings(device, torch.float32)["bandwidth_bytes_per_s"]
     found, times = contenders(heads, kv_heads, head_dim, context_tokens, batch, n_layers, device), {}
 
@@ -109,7 +120,7 @@ def measure_attention(
             taken = milliseconds(device, lambda contender=contender: step(contender)) / n_layers
             if round_ >= 0:
                 times.setdefault(name, []).append(taken)
-    strongest = min(TORCH_FORMS, key=lambda name: np.median(times[name]))
+    strongest = min((form for form in (*TORCH_FORMS, FLASH) if form in times), key=lambda name: np.median(times[name]))
     return [
         {
             "contender": name,
@@ -117,6 +128,7 @@ def measure_attention(
             **spread(list(np.array(times["SDPA fp32"]) / times[name]), "sdpa_fp32_x"),
             **spread(list(np.array(times[strongest]) / times[name]), "strongest_x"),
             "strongest": strongest,
+            "n_layers": n_layers,
             "layer_bytes": contender.n_bytes / n_layers,
             "bytes_per_s": 1e3 * contender.n_bytes / n_layers / float(np.median(times[name])),
             "bandwidth_percent": 1e5 * contender.n_bytes / n_layers / float(np.median(times[name])) / ceiling,
@@ -139,7 +151,7 @@ def main(arguments: list[str]) -> None:
     device = pick_device(given.device)
     allocator = keep_freed_memory()
     about = {"model": "attention only", "weights": "random", "device": device_name(device), "dtype": "mixed"}
-    about |= {"kernels": kernels_in_words(device), "allocator": allocator, "n_layers": given.layers}
+    about |= {"kernels": kernels_in_words(device), "allocator": allocator}
     print(f"{about['device']}; {about['kernels']} kernels; allocator: {allocator}")
     points = [
         dict(heads=h, kv_heads=kv, head_dim=d, context_tokens=t, batch=b)
@@ -157,7 +169,10 @@ def main(arguments: list[str]) -> None:
 def print_table(rows: pd.DataFrame) -> None:
     """The contenders of one point, as text."""
     first = rows.iloc[0]
-    print(f"\n{first.heads}/{first.kv_heads} x {first.head_dim}, {first.context_tokens} tokens, batch {first.batch}; measured "
+    where = f"\n{first.heads}/{first.kv_heads} x {first.head_dim}, {first.context_tokens} tokens, batch {first.batch}"
+    if first.status != "ok":
+        return print(f"{where}: {first.status}", flush=True)
+    print(f"{where}; measured "
           f"bandwidth {first.bandwidth_bytes_per_s / 1e9:.1f} GB/s, strongest torch form: {first.strongest}")  # fmt: skip
     columns = ["contender", "layer_ms", "sdpa_fp32_x", "strongest_x", "bandwidth_percent"]
     print(rows[columns].to_string(index=False, float_format=lambda x: f"{x:.3g}"), flush=True)

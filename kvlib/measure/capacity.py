@@ -48,7 +48,7 @@ def memory_limit(device: str, budget_bytes: int) -> Iterator[None]:
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + budget_bytes) / total))
         try:
             yield
@@ -152,6 +152,8 @@ def trials(model: Model) -> Iterator[Callable[..., bool]]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch and transformers are imported once for all children
+    gc.collect()
+    torch.cuda.empty_cache()  # blocks of a GPU that this process keeps would be missing there
     fresh = dataclasses.replace(model)  # without the loaded network, so that it is cheap to send
     with contextlib.ExitStack() as stack:
 

@@ -8,7 +8,7 @@ import torch
 
 
 def now(device: str) -> float:
-    """Seconds, once everything queued on the device is done."""
+    """Seconds, once everything queued on the device is done; on several GPUs, on the first, where logits come back to."""
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()

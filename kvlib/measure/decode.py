@@ -1,10 +1,12 @@
 """How long generation takes: time to first token (TTFT), time per output token (TPOT), and the whole."""
 
 import numpy as np
+from torch import Tensor
 
 from kvlib.cache.adapter import PEERS
 from kvlib.cache.attention import attention_through_cache
 from kvlib.measure.clock import milliseconds, spread
+from kvlib.measure.compiled import COMPILED, CompiledDecoder, compiler_reset
 from kvlib.measure.decoder import Decoder, prompt_ids, warm_up
 from kvlib.measure.memory import held_bytes
 from kvlib.model.load import Model
@@ -33,6 +35,12 @@ def measure_generation(
     return rows
 
 
+def _decoder(model: Model, method: str, prompt: Tensor, capacity_tokens: int, options: dict) -> Decoder:
+    if method == COMPILED:
+        return CompiledDecoder(model, prompt, capacity_tokens)
+    return Decoder(model, method, prompt, capacity_tokens, **(options if method not in PEERS else {}))
+
+
 def measure_decode(
     model: Model, methods: list[str], context_tokens: int, batch: int = 1, n_steps: int = 16, n_prefills: int = 3, **options
 ) -> list[dict[str, float]]:
@@ -46,14 +54,16 @@ def measure_decode(
     if n_steps >= context_tokens:
         raise ValueError(f"n_steps: expected fewer than the {context_tokens} tokens of the context, got {n_steps}.")
     prompt = prompt_ids(model, context_tokens - n_steps, batch)
-    with attention_through_cache(model.network):
+    with attention_through_cache(model.network), compiler_reset():
         for method in methods:
-            warm_up(model, method, batch)
+            warm_up(model, method if method != COMPILED else "StaticCache", batch)
         decoders, ttft = {}, {m: [] for m in methods}
         for _ in range(n_prefills):
             for m in methods:
-                decoders[m] = Decoder(model, m, prompt, context_tokens, **(options if m not in PEERS else {}))
+                decoders[m] = _decoder(model, m, prompt, context_tokens, options)
                 ttft[m].append(milliseconds(model.device, decoders[m].step))
+        for decoder in decoders.values():
+            decoder.settle()
         times, rng = {m: [] for m in methods}, np.random.default_rng(0)
         for _ in range(n_steps):
             for m in rng.permutation(methods).tolist():  # nobody always follows the one that empties the processor's caches

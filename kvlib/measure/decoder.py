@@ -9,6 +9,7 @@ from kvlib.cache.methods import build_cache
 from kvlib.model.load import Model
 
 WARM_UP_STEPS = 3
+PREFILL_TOKENS = 2**14  # of all sequences, read in one pass; a longer prompt is read in pieces
 
 
 def prompt_ids(model: Model, n_tokens: int, batch: int = 1, seed: int = 0) -> Tensor:
@@ -37,11 +38,23 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> None:
         """Read what is new (at first the whole prompt) and append the likeliest next token to `ids` [B, n]."""
+        self.read()
+
+    def settle(self) -> None:
+        """What must come between the prompt and the first step that is timed: nothing, unless steps are compiled."""
+
+    def read(self) -> None:
+        """A step, in whatever mode torch is."""
         if self.cache is None:
             logits = self.network(self.ids, use_cache=False, logits_to_keep=1).logits
         else:
             new = self.ids[:, self.cache.get_seq_length() :]
-            logits = self.network(new, past_key_values=self.cache, logits_to_keep=1).logits
+            for piece in new.split(max(PREFILL_TOKENS // len(new), 1), 1):
+                logits = self.network(piece, past_key_values=self.cache, logits_to_keep=1).logits
+        self.append(logits)
+
+    def append(self, logits: Tensor) -> None:
+        """Put the likeliest token after logits [B, t, vocabulary] behind `ids`."""
         self.ids = torch.cat([self.ids, logits[:, -1:].argmax(-1)], 1)
 
 

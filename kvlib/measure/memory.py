@@ -1,5 +1,6 @@
 """Bytes: what a cache holds between steps, and what the allocator had to give at the worst moment."""
 
+import gc
 import json
 import os
 import tempfile
@@ -42,12 +43,18 @@ def held_bytes(root: object) -> int:
 
 
 def peak_bytes(device: str, function: Callable[[], object]) -> int:
-    """The most bytes that the allocator held during one call, over what it held before."""
+    """The most bytes that the allocator held during one call, over what it held before.
+
+    On GPUs these are bytes of tensors, not what torch reserves for later ones; of several GPUs, the sum of their peaks.
+    """
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        gpus = range(torch.cuda.device_count())
+        gc.collect()  # what dies by chance during the call would count against it
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        before = sum(map(torch.cuda.memory_allocated, gpus))
         function()
-        return torch.cuda.max_memory_allocated() - before
+        return sum(map(torch.cuda.max_memory_allocated, gpus)) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its log lines would land in the notebooks
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()

@@ -9,23 +9,23 @@ from kvlib.measure.decoder import Decoder, prompt_ids, warm_up
 from kvlib.model.load import Model
 from kvlib.spec import decode_step_bytes, decode_step_flops
 
-BANDWIDTH_BYTES = 2**29  # 512 MiB: beyond any last-level cache
-MATRIX = 2048
+SIZES = {"cpu": (2**29, 2048), "cuda": (2**31, 8192)}  # bytes beyond any last-level cache, a matrix that fills the machine
 
 
 def measure_ceilings(device: str, dtype: torch.dtype, rounds: int = 7) -> dict[str, float]:
     """bandwidth_bytes_per_s and flops_per_s: the best of `rounds`.
 
-    Bandwidth: the better of reading (a sum) and copying (bytes read + written) half a GiB; FLOP/s: a square matrix
-    product in `dtype`.
+    Bandwidth: the better of reading (a sum) and copying (bytes read + written) half a GiB, on a GPU two; FLOP/s: a square
+    matrix product in `dtype`. On a GPU both take about a millisecond, so that starting a kernel does not show.
     """
-    source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    n_bytes, side = SIZES[device]
+    source = torch.ones(n_bytes // 4, device=device)
     target = torch.empty_like(source)
-    matrix = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
     runs = {
-        "read": (source.sum, BANDWIDTH_BYTES),
-        "copy": (lambda: target.copy_(source), 2 * BANDWIDTH_BYTES),
-        "matmul": (lambda: matrix @ matrix, 2 * MATRIX**3),
+        "read": (source.sum, n_bytes),
+        "copy": (lambda: target.copy_(source), 2 * n_bytes),
+        "matmul": (lambda: matrix @ matrix, 2 * side**3),
     }
     best = {name: 0.0 for name in runs}
     for _ in range(rounds):

@@ -7,6 +7,7 @@ rows. Rows of two devices never meet in one frame.
 import gc
 import itertools
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -52,11 +53,13 @@ def sweep(
     `measure(**point)` returns the measured columns of a row, or a list of them. `about` gives model, weights, device
     and dtype; a callable is not called for recorded rows. `rows`: "recorded" takes what is there, from the most recent
     device that has every point; "missing" measures what this device lacks; "all" measures everything again; an ISO
-    date-time measures what is older or missing. Raises ValueError, before measuring, for a broken table file, a folder
-    that cannot be written, or a point that is not recorded.
+    date-time measures what is older or missing. No points, no rows. Raises ValueError, before measuring, for a broken table
+    file, a folder that cannot be written, or a point that is not recorded.
     """
     path, since, points = _file(table, profile), _since(rows), list(points)
-    if not points or any(set(p) != set(points[0]) for p in points):
+    if not points:
+        return pd.DataFrame()
+    if any(set(p) != set(points[0]) for p in points):
         raise ValueError(f"{table}: expected points with the same keys, got {points[:2]}; build them with grid().")
     if since is None:
         who = {c: about[c] for c in ("model", "weights") if isinstance(about, dict) and c in about}
@@ -141,8 +144,15 @@ def _measure(measure: Callable, point: dict) -> list[dict]:
         signs = ("memoryerror", "can't allocate memory", "not enough memory", OUT_OF_MEMORY)
         if not any(sign in told for sign in signs):
             raise
-    gc.collect()  # what the failed point still holds must not fail the next one
+    _give_memory_back()
     return [{"status": OUT_OF_MEMORY}]
+
+
+def _give_memory_back() -> None:
+    """What a failed point still holds must not fail the next one: neither objects, nor blocks that torch keeps of a GPU."""
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()  # does nothing where no GPU is in use
 
 
 def _recorded(table: str, profile: str, points: list[dict], who: dict, seed: int) -> pd.DataFrame:

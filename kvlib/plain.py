@@ -1,0 +1,75 @@
+"""Measures without Jupyter: python -m kvlib.plain [01 05 ...] [--profile P] [--rows missing|all] [--set x=1 ...].
+
+For machines without papermill. Runs the cells of each notebook, up to the last one that measures, in a Python process of
+its own, and draws nothing: rows land in data/results, from which kvlib.run draws the notebook, there or elsewhere.
+"""
+
+import argparse
+import ast
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
+
+from kvlib import paths, plan
+
+DRAWING = ("IPython", "IPython.display", "kvlib.report.figures", "kvlib.report.summary", "kvlib.report.tables")
+
+
+def code_cells(notebook: Path) -> list[tuple[str, bool]]:
+    """The source of every code cell, and whether it is the one tagged parameters."""
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    return [("".join(cell["source"]), "parameters" in cell["metadata"].get("tags", [])) for cell in cells]
+
+
+def parameters(notebook: Path) -> plan.Parameters:
+    """{parameter: default} from the cell tagged parameters."""
+    [tagged] = [source for source, is_tagged in code_cells(notebook) if is_tagged]
+    lines = [line for line in ast.parse(tagged).body if isinstance(line, (ast.Assign, ast.AnnAssign))]
+    names = [line.target if isinstance(line, ast.AnnAssign) else line.targets[0] for line in lines]
+    return {name.id: ast.literal_eval(line.value) for name, line in zip(names, lines)}
+
+
+def measure(name: str, notebook: Path, given: plan.Parameters) -> None:
+    """Run the cells of one notebook with these parameters; whatever would draw does nothing."""
+    sys.modules.update({module: MagicMock() for module in DRAWING})
+    cells, namespace = code_cells(notebook), {}
+    last = max((i for i, (source, _) in enumerate(cells) if "sweep(" in source), default=-1)
+    for number, (source, is_tagged) in enumerate(cells[: last + 1], 1):
+        exec(compile(source, f"{name}, cell {number}", "exec"), namespace)
+        if is_tagged:
+            namespace.update(given)
+
+
+def main(words: list[str]) -> int:
+    """Measures what one command line asks for; returns 0, 1 where a notebook stopped, 2 where the command is refused."""
+    parser = argparse.ArgumentParser(prog="python -m kvlib.plain", description=__doc__.split("\n")[0])
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="01 or 01_baseline; without any, all of the profile")
+    parser.add_argument("--profile", default="laptop", help="parameters from notebooks/profiles/PROFILE.yaml (%(default)s)")
+    parser.add_argument("--rows", default="missing", choices=("missing", "all"), help="what is measured (%(default)s)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="parameters, in YAML")
+    parser.add_argument("--output", type=Path, default=paths.output_root(), help="where results go (%(default)s)")
+    args = parser.parse_intermixed_args(words)
+    os.environ["KVLIB_OUTPUT"] = str(args.output.resolve())
+    try:
+        defaults = {name: parameters(path) for name, path in plan.notebooks().items()}
+        profile = plan.read_profile(args.profile, defaults)
+        todo = plan.make(defaults, args.notebooks, profile, plan.parse_settings(args.set), args.rows)
+        plan.check_writable(paths.results_dir(args.profile))
+    except ValueError as error:
+        print(f"kvlib.plain: {error}", file=sys.stderr)
+        return 2
+    for name, given in todo.items():
+        print(f"{name}:", flush=True)
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(name, plan.notebooks()[name], given))
+        process.start()
+        process.join()
+        if process.exitcode:
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
