@@ -47,8 +47,9 @@ def explained(source: Tensor, target: Tensor, span: str) -> float:
 def measure_similarity(model: Model, n_chunks: int, context_tokens: int) -> list[dict]:
     """Every pair of layers, one row for the keys and one for the values: owner, reader (the later one), half, and MEASURES.
 
-    Layers that slide are left out. weight_cosine compares the projections, entry by entry; cka and the explained variance what they make of calibration text:
-    of one KV head by the owner's same head, or by all of the owner's heads. Rotated keys are compared as the cache holds them.
+    Layers that slide are left out. weight_cosine compares the projections, entry by entry; cka and the explained variance what
+    they make of calibration text: of one KV head by the owner's same head, or by all of the owner's heads. Rotated keys are
+    compared as the cache holds them.
     """
     ids = calibration_ids(model, n_chunks, context_tokens)
     cache = build_cache("v1", model.network, capacity_tokens=ids.shape[1])
