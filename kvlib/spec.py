@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
 
 from kvlib.cache.keep import RULES
 from kvlib.cache.methods import get_method, override
 from kvlib.cache.recipe import Recipe
 from kvlib.cache.sharing import composed, owners_of
 from kvlib.cache.table import ROWS_AT_ONCE
+from kvlib.dimensions import ModelSpec
 from kvlib.kernels.operand import DENSE, PAGE_TOKENS
 
 FEWEST_FILED = 512  # tokens of all sequences that are filed at once, be it a piece of a prompt
@@ -18,54 +16,19 @@ FREE_PAGE_BYTES = 56  # of each page that is not yet taken, in the pool's lists 
 ENDLESS_TOKENS = 2**40
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """The dimensions that bytes and FLOPs follow from. `n_params` counts tied matrices once."""
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    hidden: int
-    mlp_hidden: int
-    mlp_matrices: int  # 2: up and down; 3: gate, up and down
-    vocabulary: int
-    n_params: int
-    dtype: torch.dtype
-    layer_owners: tuple[int, ...] | None = None  # of a model that was trained to share keys and values
-
-    @classmethod
-    def of(cls, model) -> "ModelSpec":
-        """The dimensions of a transformers model (GPT-2, Llama, Qwen2)."""
-        config, gpt2 = model.config, model.config.model_type == "gpt2"
-        return cls(
-            n_layers=config.num_hidden_layers,
-            n_heads=config.num_attention_heads,
-            n_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            hidden=config.hidden_size,
-            mlp_hidden=(config.n_inner or 4 * config.n_embd) if gpt2 else config.intermediate_size,
-            mlp_matrices=2 if gpt2 else 3,
-            vocabulary=config.vocab_size,
-            n_params=sum(p.numel() for p in model.parameters()),
-            dtype=model.dtype,
-            layer_owners=getattr(config, "layer_owners", None),
-        )
-
-    @property
-    def projection_params(self) -> int:
-        """Weights of one layer's query, key, value and output projections."""
-        return self.hidden * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
-
-    @property
-    def mlp_params(self) -> int:
-        """Weights of one layer's MLP."""
-        return self.mlp_matrices * self.hidden * self.mlp_hidden
-
-
 def owners(spec: ModelSpec, method: str, layer_map: str | None = None) -> set[int]:
     """The layers that have a store."""
-    return set(composed(owners_of(layer_map or get_method(method).layer_map, spec.n_layers), spec.layer_owners))
+    asked = owners_of(layer_map or get_method(method).layer_map, spec.n_layers, spec.sliding_layers)
+    return set(composed(asked, spec.layer_owners)) - set(spec.sliding_layers)
+
+
+def sliding_bytes(spec: ModelSpec, batch: int, tokens: int) -> int:
+    """Bytes of the layers that slide, whatever the method: of each a window's keys and values, and its length as a tensor.
+
+    So much is held once a token was decoded; until then, transformers keeps all that the model read at once.
+    """
+    window = batch * spec.n_kv_heads * min(tokens, spec.window_tokens) * 2 * spec.head_dim * spec.dtype.itemsize
+    return len(spec.sliding_layers) * (window + 8)
 
 
 def held_bytes(
@@ -81,15 +44,16 @@ def held_bytes(
     n_owners = len(owners(spec, method, layer_map))
     if chosen.recipe:
         dimensions = n_owners, spec.n_kv_heads, spec.head_dim, spec.dtype
-        return override(method, recipe).held_bytes(*dimensions, batch, tokens)
+        return override(method, recipe).held_bytes(*dimensions, batch, tokens) + sliding_bytes(spec, batch, tokens)
     room = -(-tokens // chosen.store.block_tokens) * chosen.store.block_tokens
     of_layer = batch * spec.n_kv_heads * room * chosen.store.bytes_per_token(spec.head_dim, spec.dtype)
-    return n_owners * of_layer + (half != "both") * (spec.n_layers - n_owners) * of_layer // 2
+    halves = (half != "both") * (spec.n_full - n_owners)
+    return n_owners * of_layer + halves * of_layer // 2 + sliding_bytes(spec, batch, tokens)
 
 
 def n_readers(spec: ModelSpec, method: str) -> int:
     """Layers that read another's store through maps; 0 for methods that align nothing."""
-    return get_method(method).aligned * (spec.n_layers - len(owners(spec, method)))
+    return get_method(method).aligned * (spec.n_full - len(owners(spec, method)))
 
 
 def maps_params(spec: ModelSpec, method: str) -> int:
@@ -121,6 +85,7 @@ def step_workspace_bytes(
     table has room for. Options as in `held_bytes`.
     """
     activations = batch * spec.dtype.itemsize * (4 * spec.hidden + spec.mlp_matrices * spec.mlp_hidden)
+    activations = max(activations, sliding_bytes(spec, batch, tokens) // max(len(spec.sliding_layers), 1))  # a window, moved on
     logits = batch * spec.vocabulary * spec.dtype.itemsize
     chosen = get_method(method)
     if chosen.store is not None and chosen.store.materialises:
@@ -177,25 +142,27 @@ def predicted_max_context(spec: ModelSpec, method: str, batch: int, budget_bytes
 
 
 def forward_flops(
-    spec: ModelSpec, batch: int, new_tokens: int, past_tokens: int = 0, logit_tokens: int = 1
-) -> dict[str, int]:
+    spec: ModelSpec, batch: int, new_tokens: int, past_tokens: int = 0, logit_tokens: int = 1, kept_tokens: int | None = None
+) -> dict[str, int]:  # fmt: skip
     """Matrix-product FLOPs (2 per multiply-add) of one forward pass, by phase.
 
     Attention is counted over all `past + new` keys for every query, as the dense products are; a causal kernel may
-    skip up to half of the new x new part.
+    skip up to half of the new x new part. Of the past, layers that slide see what is left in their window, the others
+    `kept_tokens`, if not all.
     """
-    tokens = batch * new_tokens
-    keys = past_tokens + new_tokens
+    tokens, kept = batch * new_tokens, past_tokens if kept_tokens is None else kept_tokens
+    sliding = len(spec.sliding_layers) * (min(past_tokens, spec.window_tokens - 1) + new_tokens)
+    keys = spec.n_full * (kept + new_tokens) + sliding
     return {
         "projections": spec.n_layers * 2 * tokens * spec.projection_params,
-        "attention": spec.n_layers * 4 * tokens * keys * spec.n_heads * spec.head_dim,
+        "attention": 4 * tokens * keys * spec.n_heads * spec.head_dim,
         "mlp": spec.n_layers * 2 * tokens * spec.mlp_params,
         "logits": 2 * batch * logit_tokens * spec.hidden * spec.vocabulary,
     }
 
 
 def tokens_in_sight(spec: ModelSpec, method: str, context: int, **recipe) -> int:
-    """Tokens of a context that a step attends to, on average over layers: all, or a keep rule's budget."""
+    """Tokens of a context that a step attends to, on average over layers that do not slide: all, or a keep rule's budget."""
     chosen = get_method(method).recipe and override(method, recipe)
     limits = chosen.layer_pages(len(owners(spec, method)), context) if chosen else None
     if limits is None:
@@ -205,10 +172,11 @@ def tokens_in_sight(spec: ModelSpec, method: str, context: int, **recipe) -> int
 
 def decode_step_flops(spec: ModelSpec, method: str, batch: int, context: int, **recipe) -> int:
     """FLOPs of making one token at a context of so many (the new one included); aligned readers see whole layers."""
-    cached, context = get_method(method).store is not None, tokens_in_sight(spec, method, context, **recipe)
-    past, wide = context - 1 if cached else 0, spec.n_kv_heads * spec.head_dim
-    of_reader = 4 * spec.n_heads * (wide * spec.head_dim + context * (wide - spec.head_dim))  # maps, longer heads
-    return sum(forward_flops(spec, batch, context - past, past).values()) + batch * n_readers(spec, method) * of_reader
+    sight, wide = tokens_in_sight(spec, method, context, **recipe), spec.n_kv_heads * spec.head_dim
+    past, kept = (context - 1, sight - 1) if get_method(method).store else (0, 0)
+    of_reader = 4 * spec.n_heads * (wide * spec.head_dim + sight * (wide - spec.head_dim))  # maps, longer heads
+    flops = forward_flops(spec, batch, context - past, past, kept_tokens=kept)
+    return sum(flops.values()) + batch * n_readers(spec, method) * of_reader
 
 
 def decode_step_bytes(spec: ModelSpec, method: str, batch: int, context: int, **recipe) -> int:
@@ -224,10 +192,11 @@ def decode_step_bytes(spec: ModelSpec, method: str, batch: int, context: int, **
         return weights
     if chosen.recipe:
         return weights + held_bytes(spec, method, batch, context, **recipe)
-    readers = spec.n_layers * batch * spec.n_kv_heads * context
+    readers = spec.n_full * batch * spec.n_kv_heads * context
     dense = 2 * spec.head_dim * spec.dtype.itemsize
     stored = chosen.store.bytes_per_token(spec.head_dim, spec.dtype)
-    return weights + readers * (stored + 2 * dense * chosen.store.materialises)
+    of_full = readers * (stored + 2 * dense * chosen.store.materialises)
+    return weights + of_full + sliding_bytes(spec, batch, context)
 
 
 def fewest_step_ms(

@@ -324,7 +324,7 @@ def test_attention_weights_are_refused_or_absent_but_never_made_up(network):
 def test_an_unknown_architecture_is_refused_by_name():
     from transformers import AutoConfig
 
-    with pytest.raises(ValueError, match="gpt2, llama, qwen2.*'opt'"):
+    with pytest.raises(ValueError, match="gpt2, llama, mistral, .*'opt'"):
         build_cache("v1", AutoConfig.for_model("opt"))
     windowed = AutoConfig.for_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0)
     with pytest.raises(ValueError, match="sliding"):

@@ -145,7 +145,7 @@ def fitted(own_key, own_value, owner_key, owner_value, query, span, rotary=False
     """What a reader makes of the owner's store after fitting to its own keys and values."""
     store = DenseStore()
     store.append(owner_key, owner_value)
-    layer = FittingLayer(store, False, "both", span, rank, rotary)
+    layer = FittingLayer(store, False, "both", span, rank, rotary * query.shape[-1])
     layer.own = own_key, own_value
     return layer.attend(query, None, query.shape[-1] ** -0.5), layer.maps
 
@@ -176,7 +176,7 @@ def test_alignment_recovers_what_is_a_linear_map_of_the_owner(span, rotary):
     expected = own.attend(query, None, dim**-0.5)
     assert (out - expected).abs().max() < 0.05 < (expected - expected.mean()).abs().max()
     if rotary:  # and it commutes with the rotation of positions
-        matrix, turn = key_map(key, own_key, span, rotary=True), torch.zeros(dim, dim)
+        matrix, turn = key_map(key, own_key, span, n_rotary=dim), torch.zeros(dim, dim)
         turn[f, f] = turn[f + dim // 2, f + dim // 2] = (0.3 * f).cos()
         turn[f, f + dim // 2], turn[f + dim // 2, f] = (0.3 * f).sin(), -(0.3 * f).sin()
         turned = torch.block_diag(*[turn] * (wide // dim))

@@ -5,24 +5,9 @@ import copy
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer, StaticCache
 
 from kvlib.cache.alignment import LayerMaps
-
-MODEL_TYPES = ("gpt2", "llama", "qwen2")
-
-
-def check_model(config: PretrainedConfig) -> None:
-    """Raise ValueError for an architecture that these caches have not been tested on."""
-    if config.model_type not in MODEL_TYPES:
-        raise ValueError(f"kvlib cache: expected a model of type {', '.join(MODEL_TYPES)}, got {config.model_type!r}.")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError("kvlib cache: this model has sliding-window layers; load it with use_sliding_window=False.")
-
-
-def head_dim(config: PretrainedConfig) -> int:
-    """Channels of one head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 class KVLayer(CacheLayerMixin):
@@ -112,14 +97,43 @@ class KVLayer(CacheLayerMixin):
     prefetch = offload
 
 
+class SlidingLayer(DynamicSlidingWindowLayer):
+    """A layer that sees a window only: transformers' own, dense and exact, whatever the method."""
+
+    def fork(self, forked: dict[int, object]) -> "SlidingLayer":
+        """An independent copy: keys and values are replaced at every step, never written to."""
+        return copy.copy(self)
+
+    def reset(self) -> None:
+        self.keys = self.values = None  # transformers 5.17 would fill them with zeros, a fork's too, and go on behind these
+        self.is_initialized, self.cumulative_length = False, 0
+
+
 class KVCache(Cache):
     """A transformers cache whose layers read kvlib stores; give it to `model.generate(past_key_values=...)`.
 
     Run the model inside `attention_through_cache(model)`.
     """
 
-    def __init__(self, layers: list[KVLayer]):
+    def __init__(self, layers: list[KVLayer | SlidingLayer]):
         super().__init__(layers=layers)
+
+    @property
+    def kv_layers(self) -> dict[int, KVLayer]:
+        """The layers that read a store, by number: all but those that slide."""
+        return {number: layer for number, layer in enumerate(self.layers) if not layer.is_sliding}
+
+    @property
+    def stores(self) -> list:
+        """The stores of all layers, each once."""
+        return list({id(layer.store): layer.store for layer in self.kv_layers.values()}.values())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest |tokens_to_remove| tokens in all layers or, where one of them no longer can and raises, in none."""
+        layers = [copy.copy(layer) if layer.is_sliding else layer for layer in self.layers]
+        for layer in sorted(layers, key=lambda layer: not layer.is_sliding):
+            layer.crop(int(tokens_to_remove))
+        self.layers = layers
 
     def fork(self) -> "KVCache":
         """An independent copy. Pages are shared until one of the two needs another content: no key or value is copied."""

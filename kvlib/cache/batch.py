@@ -69,9 +69,10 @@ class KVBatch(KVCache):
     """
 
     def __init__(self, like: KVCache):
-        """An empty one for caches built like `like`."""
-        stores = {id(layer.store): layer.store for layer in like.layers}
-        stores = {at: store if isinstance(store, PagedStore) else RaggedStore() for at, store in stores.items()}
+        """An empty one for caches built like `like`. Raises ValueError where layers slide."""
+        if any(like.is_sliding):
+            raise ValueError("serve: sliding windows of different sequences cannot be batched; choose a model without any.")
+        stores = {id(store): store if isinstance(store, PagedStore) else RaggedStore() for store in like.stores}
         super().__init__([BatchLayer(stores[id(layer.store)], layer.writes, layer.maps) for layer in like.layers])
 
     def join(self, cache: KVCache) -> None:

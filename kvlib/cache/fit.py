@@ -9,8 +9,9 @@ rotations, the map of the queries has to commute with them: it is one complex nu
 import torch
 from torch import Tensor
 
-from kvlib.cache.adapter import KVCache, KVLayer
+from kvlib.cache.adapter import KVCache, KVLayer, SlidingLayer
 from kvlib.cache.alignment import SPANS, Alignment, LayerMaps, across, checksum
+from kvlib.cache.architecture import rotary_channels, sliding_layers
 from kvlib.cache.attention import attention_through_cache, dense_attention, long_head
 from kvlib.cache.dense import DenseStore
 from kvlib.cache.sharing import HALVES
@@ -37,10 +38,22 @@ def centred(x: Tensor) -> Tensor:
     return x - x.mean(2, keepdim=True)
 
 
-def key_map(owner: Tensor, own: Tensor, span: str, rotary: bool) -> Tensor:
-    """What turns the owner's keys [B, H_kv, T, D] into the reader's, per KV head of the reader: [H_kv, C, D]."""
-    if rotary:
-        return rotary_key_map(owner, own, span)
+def key_map(owner: Tensor, own: Tensor, span: str, n_rotary: int) -> Tensor:
+    """What turns the owner's keys [B, H_kv, T, D] into the reader's, per KV head of the reader: [H_kv, C, D].
+
+    The first `n_rotary` channels, which positions rotate, and the others are mapped apart.
+    """
+    n_heads, dim = own.shape[1], own.shape[-1]
+    joined = own.new_zeros(n_heads, n_heads if span == "layer" else 1, dim, dim)
+    for first, last, fit in ((0, n_rotary, rotary_key_map), (n_rotary, dim, plain_key_map)):
+        if first < last:
+            found = fit(owner[..., first:last], own[..., first:last], span)
+            joined[..., first:last, first:last] = found.unflatten(1, (-1, last - first))
+    return joined.flatten(1, 2)
+
+
+def plain_key_map(owner: Tensor, own: Tensor, span: str) -> Tensor:
+    """`key_map` where no channel is rotated."""
     source = long_head(owner) if span == "layer" else owner
     return ridge(rows(centred(source)), rows(centred(own)))
 
@@ -81,9 +94,9 @@ def output_map(fetched: Tensor, wanted: Tensor, rank: int | None) -> tuple[list[
 class FittingLayer(KVLayer):
     """A reader that knows its own keys and values too, and fits its maps before it attends for the first time."""
 
-    def __init__(self, store, writes: bool, half: str, span: str, rank: int | None, rotary: bool):
+    def __init__(self, store, writes: bool, half: str, span: str, rank: int | None, n_rotary: int):
         super().__init__(store, writes)
-        self.half, self.span, self.rank, self.rotary = half, span, rank, rotary
+        self.half, self.span, self.rank, self.n_rotary = half, span, rank, n_rotary
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         self.own = key_states, value_states
@@ -93,7 +106,7 @@ class FittingLayer(KVLayer):
         (own_key, own_value), (key, _) = self.own, self.store.read()
         wide, queries, outputs, bias = across(self.half, self.span), [], [], []
         if self.half != "values":
-            found = key_map(key.float(), own_key.float(), self.span, self.rotary).mT
+            found = key_map(key.float(), own_key.float(), self.span, self.n_rotary).mT
             queries = [x.to(query.dtype) for x in factors(found, self.rank)]
         if self.half != "keys":
             fetched = LayerMaps(wide, queries, [], []).attend(self.store, query, mask, scaling)
@@ -117,14 +130,17 @@ def fit_alignment(
             raise ValueError(f"{where}: expected one of {', '.join(allowed)}; got {given!r}.")
     if rank is not None and rank < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}.")
-    rotary, layers = network.config.model_type != "gpt2", []
+    n_rotary, sliding, layers = rotary_channels(network.config), sliding_layers(network.config), []
     for layer, owner in enumerate(owners):
+        if layer in sliding:
+            layers.append(SlidingLayer(network.config.sliding_window))
+            continue
         if layer == owner:
             layers.append(KVLayer(DenseStore(ids.shape[1])))
             continue
         store = layers[owner].store if half == "both" else layers[owner].store.lend(half)
-        layers.append(FittingLayer(store, half != "both", half, span, rank, rotary))
+        layers.append(FittingLayer(store, half != "both", half, span, rank, n_rotary))
     with attention_through_cache(network):
         network(ids.to(network.device), past_key_values=KVCache(layers), logits_to_keep=1)
-    maps = {layer: fitted.maps for layer, fitted in enumerate(layers) if fitted.maps}
+    maps = {layer: fitted.maps for layer, fitted in enumerate(layers) if isinstance(fitted, FittingLayer)}
     return Alignment(tuple(owners), half, span, checksum(network), maps)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kvlib.cache.adapter import KVCache, KVLayer, check_model, head_dim
+from kvlib.cache.adapter import KVCache, KVLayer, SlidingLayer
 from kvlib.cache.alignment import Alignment, file_beside
+from kvlib.cache.architecture import check_model, head_dim, sliding_layers
 from kvlib.cache.buffer import BufferedStore
 from kvlib.cache.dense import DenseStore
 from kvlib.cache.int8 import NaiveInt8Store
@@ -72,7 +73,7 @@ def override(name: str, options: dict) -> Recipe:
 
 def layer_owners(name: str, config: PretrainedConfig, layer_map: str | None = None) -> tuple[int, ...]:
     """The owner of every layer's store: by the given map, or the method's own, over the model's, if it was trained to share."""
-    owners = owners_of(layer_map or get_method(name).layer_map, config.num_hidden_layers)
+    owners = owners_of(layer_map or get_method(name).layer_map, config.num_hidden_layers, sliding_layers(config))
     return composed(owners, getattr(config, "layer_owners", None))
 
 
@@ -81,7 +82,8 @@ def make_stores(
     recipe: dict,
 ) -> dict[int, object]:  # fmt: skip
     """A fresh store for each owner in a layer map; options as in `build_cache`."""
-    method = get_method(name)
+    method, sliding = get_method(name), sliding_layers(config)
+    owners = tuple(owner for owner in owners if owner not in sliding)
     if method.recipe:
         if pool and backend not in ("auto", pool.backend):
             raise ValueError(f"backend: the pool's is {pool.backend!r}; make the pool with {backend!r}.")
@@ -105,7 +107,7 @@ def build_cache(
     backend: str = "auto",
     **recipe,
 ) -> KVCache | None:
-    """A fresh cache of this method for this model; None for `v0`, which has none.
+    """A fresh cache of this method for this model; None for `v0`, which has none. Layers that slide are left alone.
 
     `layer_map` says whose store each layer reads, in the words of `owners_of`, in place of the method's own map; `half`,
     whether layers share "both", "keys" or "values". `alignment` are the readers' maps; without one, an aligned method reads
@@ -136,7 +138,11 @@ def build_cache(
     if maps and alignment.span == "layer" and method.recipe and override(name, recipe).keep:
         raise ValueError(f"alignment: heads of {name} keep different tokens and cannot be read as one; fit the span 'head'.")
     stores = make_stores(name, config, owners, capacity_tokens, pool, backend, recipe)
-    return KVCache([make_layer(stores, layer, owner, half, maps.get(layer)) for layer, owner in enumerate(owners)])
+    sliding = sliding_layers(config)
+    return KVCache([
+        SlidingLayer(config.sliding_window) if layer in sliding else make_layer(stores, layer, owner, half, maps.get(layer))
+        for layer, owner in enumerate(owners)
+    ])  # fmt: skip
 
 
 def make_layer(stores: dict[int, object], layer: int, owner: int, half: str, maps) -> KVLayer:

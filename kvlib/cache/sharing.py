@@ -1,30 +1,34 @@
 """Layer maps: which layer's store a layer reads. A map is the tuple of every layer's owner, (0, 0, 2, 2) for two pairs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 HALVES = ("both", "keys", "values")
 
 
-def owners_of(layer_map: str, n_layers: int) -> tuple[int, ...]:
+def owners_of(layer_map: str, n_layers: int, sliding: Collection[int] = ()) -> tuple[int, ...]:
     """The owner of every layer, from the name of a map.
 
     "own": each layer its own. "groups-2": every run of 2 layers reads its first one's. "first-5": all behind the first 5
-    read the fifth. "0 0 2 2": as listed. Raises ValueError unless every owner is an earlier layer, or the same, that owns
-    its store itself.
+    read the fifth. "0 0 2 2": as listed. `sliding` layers own what they see: the first two kinds pass over them. Raises
+    ValueError unless every owner is an earlier layer, or the same, that owns its store itself, and no other layer slides.
     """
+    full = [layer for layer in range(n_layers) if layer not in sliding]
     kind, _, count = layer_map.partition("-")
     if layer_map == "own":
         return tuple(range(n_layers))
     if kind in ("groups", "first") and count.isdigit():
-        if not 1 <= int(count) <= n_layers:
-            raise ValueError(f"layer_map: expected 1 to {n_layers} layers for a model of {n_layers}, got {layer_map!r}.")
-        return tuple(i - i % int(count) if kind == "groups" else min(i, int(count) - 1) for i in range(n_layers))
+        if not 1 <= (n := int(count)) <= len(full):
+            raise ValueError(f"layer_map: expected 1 to {len(full)} layers, as many as can share; got {layer_map!r}.")
+        owned = {layer: full[i - i % n if kind == "groups" else min(i, n - 1)] for i, layer in enumerate(full)}
+        return tuple(owned.get(layer, layer) for layer in range(n_layers))
     owners = tuple(int(owner) if owner.isdigit() else n_layers for owner in layer_map.split())
     if len(owners) != n_layers or any(owner > i or owners[owner] != owner for i, owner in enumerate(owners)):
         raise ValueError(
             f"layer_map: expected own, groups-N, first-N, or the owner of each of {n_layers} layers, an earlier one that "
             f"owns its store, like '0 0 2 2'; got {layer_map!r}."
         )
+    if slide := [i for i, owner in enumerate(owners) if i != owner and {i, owner} & set(sliding)]:
+        raise ValueError(f"layer_map: layers {in_words(sliding)} slide and share nothing; got an owner or reader in {slide}.")
     return owners
 
 

@@ -15,7 +15,7 @@ class SwappedCache:
     def __init__(self, cache: KVCache):
         """Take the pages of all layers out of the pool."""
         self.cache = cache
-        self.stores = list({id(layer.store): layer.store for layer in cache.layers}.values())
+        self.stores = cache.stores
         self.pool = self.stores[0].pool
         self.columns = [store.table.columns for store in self.stores]
         pages, self.which = np.unique(self._entries(), return_inverse=True)

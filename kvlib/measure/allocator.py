@@ -7,7 +7,7 @@ from transformers import AutoConfig
 from kvlib.cache.methods import build_cache
 from kvlib.cache.pages import PagePool
 from kvlib.measure.clock import milliseconds, spread
-from kvlib.measure.forks import kv_bytes, stores_of
+from kvlib.measure.forks import kv_bytes
 
 CHANNELS = 8  # of a head: block tables do not depend on it
 
@@ -27,12 +27,12 @@ def measure_long_fork(context_tokens: int, n_layers: int, n_kv_heads: int, n_rep
     for part in (rows, rows[:, :, :0]):  # the second call files what the first one brought
         for layer in range(n_layers):
             cache.update(part, part, layer)
-    stores, before, forks, frees = stores_of(cache), kv_bytes(cache), [], []
+    stores, before, forks, frees = cache.stores, kv_bytes(cache), [], []
     for _ in range(n_repeats):
         twins = []
         forks.append(milliseconds("cpu", lambda twins=twins: twins.append(cache.fork())))
         added = kv_bytes(cache, twins[0]) - before
-        pages = [store.table.pages() for store in stores_of(twins[0])]
+        pages = [store.table.pages() for store in twins[0].stores]
         frees.append(milliseconds("cpu", lambda pages=pages: [stores[0].pool.release(some) for some in pages]))
     n_pages = sum(len(store.table.pages()) for store in stores)
     return {"n_pages": n_pages, **spread(forks, "fork_ms"), **spread(frees, "free_ms"), "added_kv_bytes": added}

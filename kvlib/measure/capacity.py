@@ -73,7 +73,7 @@ def random_tokens(model: Model, batch: int, n_tokens: int) -> torch.Tensor:
 
 def tokens_that_fill(cache, context_tokens: int) -> int:
     """How many of a context's tokens it takes until a cache holds all that it ever will: all, unless some are evicted."""
-    store = cache.layers[0].store
+    store = cache.stores[0]
     limits = [each.limit(context_tokens) for each in store.stores] if isinstance(store, PagedStore) else [None]
     if None in limits:
         return context_tokens
@@ -115,7 +115,7 @@ def fits_pool(model: Model, method: str, batch: int, context_tokens: int, budget
     pool = PagePool(model.spec.head_dim, budget_bytes)
     cache = build_cache(method, model.network, capacity_tokens=context_tokens, pool=pool, **options)
     try:
-        cache.update(*random_tokens(model, batch, 1), 0)
+        cache.stores[0].append(*random_tokens(model, batch, 1))
     except PoolExhausted:
         return False
     return True

@@ -20,7 +20,7 @@ from kvlib.cache.methods import build_cache, get_method
 from kvlib.kernels.operand import PAGE_TOKENS
 from kvlib.measure.clock import milliseconds, spread
 from kvlib.measure.decoder import prompt_ids
-from kvlib.measure.forks import pool_of, stores_of
+from kvlib.measure.forks import pool_of
 from kvlib.measure.phases import Stopwatch
 from kvlib.model.load import Model
 
@@ -37,13 +37,13 @@ PAIRS_OF_CALLS = 16  # with and without votes
 
 def _places(cache: KVCache) -> Iterator[tuple[object, str, str]]:
     """(object, name of its function, part) for all that is timed; of a cache without pages, that it writes new tokens."""
-    yield from ((store, "append", "window") for store in stores_of(cache))
+    yield from ((store, "append", "window") for store in cache.stores)
     if pool := pool_of(cache):
-        yield from ((store, "attend", "books") for store in stores_of(cache))
-        yield cache.layers[0].store.kernels, "decode", "attention"
+        yield from ((store, "attend", "books") for store in cache.stores)
+        yield cache.stores[0].kernels, "decode", "attention"
         yield from ((module, name, part) for part, functions in FUNCTIONS.items() for module, name in functions)
         yield from ((pool, name, part) for part, names in OF_POOL.items() for name in names)
-        yield from ((store.table, "replace_full", "remap") for store in stores_of(cache))
+        yield from ((store.table, "replace_full", "remap") for store in cache.stores)
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def votes_ms(cache: KVCache, n_heads: int) -> float:
     0 where no rule looks at attention.
     """
     total = 0.0
-    for store in stores_of(cache) if pool_of(cache) else ():
+    for store in cache.stores if pool_of(cache) else ():
         if store.rule is None or not store.rule.needs_votes:
             continue
         pool, operand = store.pool, store.table.operand()

@@ -71,8 +71,7 @@ class Engine:
         row = {"taken_bytes": self.pool.slab_bytes if self.pool else self.used_bytes, "used_bytes": self.used_bytes}
         if not self.pool:
             return row | {"empty_bytes": self.used_bytes - sum(n * self.cache_bytes(tokens) for tokens, n in lengths)}
-        stores = {id(layer.store): layer.store for layer in self.batch.layers}.values()
-        tables = [store.table for store in stores if store.table]
+        tables = [store.table for store in self.batch.stores if store.table]
         n_slots = sum(int((-(table.n_seen - table.start) % PAGE_TOKENS).sum()) * table.columns.shape[1] for table in tables)
         return row | {"empty_bytes": n_slots * 2 * self.model.spec.head_dim * self.model.spec.dtype.itemsize}
 

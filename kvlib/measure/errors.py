@@ -13,14 +13,14 @@ AXES = {"per token": -1, "per channel": -2}
 
 
 @torch.no_grad()
-def keys_and_values(model: Model, text: str, context_tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [1, H_kv, T, D] of every layer after reading the first `context_tokens` tokens of a text."""
+def keys_and_values(model: Model, text: str, context_tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values [1, H_kv, T, D] after reading the first `context_tokens` tokens of a text, of all layers with a store."""
     model.check_context(context_tokens)
     ids = chunks(model.encode(text), context_tokens, 1)[:, :-1].to(model.device)
     with attention_through_cache(model.network):
         cache = build_cache("v1", model.network, capacity_tokens=context_tokens)
         model.network(ids, past_key_values=cache, logits_to_keep=1)
-    return [layer.store.read() for layer in cache.layers]
+    return {layer: reader.store.read() for layer, reader in cache.kv_layers.items()}
 
 
 def relative_error(x: Tensor, axis: int) -> float:
@@ -36,7 +36,7 @@ def measure_errors(model: Model, text: str, context_tokens: int) -> list[dict]:
     median channel, the reason why an axis matters.
     """
     rows = []
-    for layer, pair in enumerate(keys_and_values(model, text, context_tokens)):
+    for layer, pair in keys_and_values(model, text, context_tokens).items():
         for tensor, x in zip(("keys", "values"), pair):
             largest = x.abs().amax((0, 2)).flatten()
             outlier = (largest.max() / largest.median()).item()

@@ -22,17 +22,12 @@ from kvlib.model.load import Model
 
 def pool_of(cache: KVCache) -> PagePool | None:
     """The pool whose pages a cache is made of; None for a cache without pages."""
-    return getattr(cache.layers[0].store, "pool", None)
-
-
-def stores_of(cache: KVCache) -> list:
-    """The stores of a cache, each once."""
-    return list({id(layer.store): layer.store for layer in cache.layers}.values())
+    return getattr(cache.stores[0], "pool", None)
 
 
 def table_entries(cache: KVCache, part: str = "columns") -> np.ndarray:
     """Page numbers [n] in a part of all layers' block tables, a shared page once for every sequence that has it."""
-    entries = np.concatenate([getattr(store.table, part).ravel() for store in stores_of(cache)])
+    entries = np.concatenate([getattr(store.table, part).ravel() for store in cache.stores])
     return entries[entries >= 0]
 
 
@@ -42,9 +37,10 @@ def bytes_of(pool: PagePool, pages: np.ndarray) -> int:
 
 
 def kv_bytes(*caches: KVCache) -> int:
-    """Bytes of keys and values: of the pages in use in the caches' pool, or of all that caches without pages hold."""
-    pool = pool_of(caches[0])
-    return pool.used_bytes if pool else held_bytes(caches)
+    """Bytes of keys and values: of the pages in use in the caches' pool, and of layers that slide; without pages, all bytes."""
+    if (pool := pool_of(caches[0])) is None:
+        return held_bytes(caches)
+    return pool.used_bytes + held_bytes([layer for cache in caches for layer in cache.layers if layer.is_sliding])
 
 
 def read_prompt(model: Model, method: str, context_tokens: int, room_tokens: int, **options) -> tuple[KVCache, Tensor]:

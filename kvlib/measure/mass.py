@@ -53,11 +53,11 @@ def measure_mass(
     rows = chunks(model.held_out_ids, context_tokens, n_chunks).to(model.device)
     with attention_through_cache(model.network):
         shadows = build_cache(method, model.network, capacity_tokens=context_tokens, **options)
-        watched = [Watched(context_tokens, layer.store) for layer in shadows.layers]
-        cache = KVCache([KVLayer(store) for store in watched])
+        watched = {number: Watched(context_tokens, layer.store) for number, layer in shadows.kv_layers.items()}
+        cache = KVCache([KVLayer(watched[i]) if i in watched else layer for i, layer in enumerate(shadows.layers)])
         for piece in rows[:, :-1].split(piece_tokens, 1):
             model.network(piece, past_key_values=cache, logits_to_keep=1)
     return [
         {"layer": layer, "attention_captured": sum(half) / len(half)}
-        for layer, half in enumerate(store.captured[len(store.captured) // 2 :] for store in watched)
+        for layer, half in ((i, store.captured[len(store.captured) // 2 :]) for i, store in watched.items())
     ]

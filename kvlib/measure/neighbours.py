@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlib.cache.adapter import KVCache, head_dim
+from kvlib.cache.adapter import KVCache
+from kvlib.cache.architecture import head_dim
 from kvlib.cache.attention import attention_through_cache
 from kvlib.cache.methods import build_cache
 from kvlib.cache.pages import PagePool

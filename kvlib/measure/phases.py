@@ -12,7 +12,7 @@ from kvlib.measure.decoder import Decoder, prompt_ids, warm_up
 from kvlib.model.load import Model
 
 PHASES = ("projections", "cache update", "quantise", "dequantise", "attention", "MLP", "other")
-PROJECTIONS = ("c_attn", "c_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = ("c_attn", "c_proj", "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 
 
 class Stopwatch:
@@ -51,10 +51,9 @@ def _parts(decoder: Decoder) -> Iterator[tuple[object, str, str]]:
             yield module, "forward", "MLP"
         elif leaf in PROJECTIONS and parent.endswith("attn"):
             yield module, "forward", "projections"
-    stores = {id(layer.store): layer.store for layer in decoder.cache.layers} if decoder.cache else {}
+    layers = decoder.cache.kv_layers.values() if decoder.cache else ()
     names = {"append": "cache update", "quantize": "quantise", "dequantize": "dequantise", "attend": "attention"}
-    maps = [layer.maps for layer in decoder.cache.layers if layer.maps] if decoder.cache else []
-    for thing in (*stores.values(), *maps):
+    for thing in (*(decoder.cache.stores if decoder.cache else ()), *(layer.maps for layer in layers if layer.maps)):
         for name, phase in names.items():
             if hasattr(thing, name):
                 yield thing, name, phase
@@ -78,7 +77,7 @@ def measure_phases(model: Model, method: str, context_tokens: int, n_steps: int 
 
     Timed and plain steps take turns on two decoders: -> phase, phase_ms, share (of the phases' sum), timed_ms and
     plain_ms (median step with and without the stopwatch). The phases should sum to plain_ms within 5 %. Without a
-    cache the attention is torch's own, inside "other".
+    cache, and in layers that slide, the attention is torch's own, inside "other".
     """
     model.check_context(context_tokens)
     with attention_through_cache(model.network):

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kvlib.dimensions import ModelSpec
 from kvlib.model.load import build
-from kvlib.spec import ModelSpec, decode_step_bytes, decode_step_flops, held_bytes, predicted_max_batch
+from kvlib.spec import decode_step_bytes, decode_step_flops, held_bytes, predicted_max_batch
 
 
 @dataclass(frozen=True)

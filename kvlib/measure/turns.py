@@ -16,7 +16,7 @@ from kvlib.cache.kivi import PageFormat
 from kvlib.cache.methods import get_method, override
 from kvlib.cache.paged import PagedStore
 from kvlib.kernels.operand import DENSE, PAGE_TOKENS
-from kvlib.measure.forks import pool_of, stores_of
+from kvlib.measure.forks import pool_of
 from kvlib.measure.quality import measure_drift
 from kvlib.model.load import Model
 
@@ -60,7 +60,7 @@ def requantised_every_turn(network: nn.Module, shift_tokens: int) -> Iterator[No
         cache, new_tokens = kwargs["past_key_values"], args[0].shape[1]
         if pool_of(cache) and new_tokens > 1 and cache.get_seq_length():
             offset = next(turns) * shift_tokens % PAGE_TOKENS
-            for store in stores_of(cache):
+            for store in cache.stores:
                 requantise(store, offset)
 
     hook = network.register_forward_pre_hook(before_reading, with_kwargs=True)

@@ -17,11 +17,12 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlib import paths
+from kvlib.cache.architecture import context_limit
 from kvlib.cache.attention import attention_backend
+from kvlib.dimensions import ModelSpec
 from kvlib.kernels.backend import pick_backend
 from kvlib.model.bundled import RECIPES
 from kvlib.model.corpus import END_OF_TEXT, held_out_text
-from kvlib.spec import ModelSpec
 
 PUBLISHED = {
     "gpt2-medium": dict(model_type="gpt2", n_layer=24, n_embd=1024, n_head=16),
@@ -137,8 +138,8 @@ class Model:
 
     @property
     def context_limit(self) -> int:
-        """Positions that the model has."""
-        return self.network.config.max_position_embeddings
+        """Positions that the model has, and its cache is good for."""
+        return context_limit(self.network.config)
 
     def check_context(self, tokens: int) -> None:
         """Raise ValueError if a context of this many tokens is longer than the model allows."""
