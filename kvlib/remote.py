@@ -15,7 +15,7 @@ from pathlib import Path
 from kvlib import paths
 from kvlib.execute import CALM, NotebookStopped, environment, execute
 from kvlib.matrix import Task
-from kvlib.report import rows, summary
+from kvlib.report import rows
 
 SUMMARY = "metrics_summary.json"  # the one file of a figures folder that every notebook writes to
 
@@ -69,8 +69,11 @@ def file(task: Task, outcome: Outcome) -> Path:
         for name, content in outcome.figures.items():
             if name != SUMMARY:
                 paths.write_aside(paths.figures_dir(task.profile) / name, content)
-        for section, values in json.loads(outcome.figures.get(SUMMARY, b"{}")).items():
-            summary.update(task.profile, section, values)
+        if SUMMARY in outcome.figures:
+            from kvlib.report.summary import update  # brings scipy, which nothing else here needs
+
+            for section, values in json.loads(outcome.figures[SUMMARY]).items():
+                update(task.profile, section, values)
     target = task.failed if outcome.reason else task.target
     paths.write_aside(target, outcome.notebook)
     return target
