@@ -1,10 +1,11 @@
 """Tasks on a Ray cluster: each in a process of its own with a GPU to itself, or else a whole node; a lost one is repeated.
 
-The code, the notebooks and the bundled models of this checkout travel with the run. A node brings Python, Ray and the
-packages of requirements.txt, nothing of kvlib.
+The code, the notebooks and the bundled models of this checkout travel with the run, so that every node runs the same
+commit. A node brings Python, Ray and the packages of requirements.txt, all in the driver's versions.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,12 +32,14 @@ def connected(address: str | None) -> Iterator[ModuleType]:
             import ray
         except ImportError:
             raise ValueError('--engine ray: Ray is not installed here; pip install -e ".[ray]".') from None
-        sent = {"working_dir": str(paths.ROOT), "excludes": AT_HOME}
+        sent, where = {"working_dir": str(paths.ROOT), "excludes": AT_HOME}, address or os.environ.get("RAY_ADDRESS", "")
         try:
+            host, _, port = where.rpartition(":")
+            if port.isdecimal() and "/" not in host:
+                socket.create_connection((host, int(port)), timeout=10).close()  # Ray alone tries for a minute and a half
             ray.init(address, runtime_env=sent, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = address or os.environ.get("RAY_ADDRESS", "this machine")
-            raise ValueError(f"--engine ray: no cluster at {where} ({error}); see `ray status`.") from error
+        except Exception as error:  # Ray's own are as bare as that
+            raise ValueError(f"--engine ray: no cluster at {where or 'this machine'} ({error}).") from error
         try:
             yield ray
         finally:

@@ -115,6 +115,12 @@ def test_without_ray_says_what_to_install(workbook, capsys, monkeypatch):
     assert 'Ray is not installed here; pip install -e ".[ray]".' in capsys.readouterr().err
 
 
+def test_refuses_a_cluster_that_is_not_there(workbook, capsys):
+    pytest.importorskip("ray", reason="needs Ray: pip install -e .[ray]")
+    assert run.main(["--engine", "ray", "--address", "127.0.0.1:1"]) == 2
+    assert "--engine ray: no cluster at 127.0.0.1:1 (" in (message := capsys.readouterr().err) and message.count("\n") == 1
+
+
 def test_the_matrix_has_every_point_once(workbook):
     defaults = plan.read_defaults()
     profiles = [plan.read_profile(name, defaults) for name in ("smoke", "laptop")]
