@@ -16,7 +16,9 @@ import pytest
 
 from kvlib import matrix, paths, plan, remote, run
 from kvlib.cluster import demand
+from kvlib.execute import environment
 
+NODE = dict(num_cpus=2, object_store_memory=80 * 2**20)
 PARAMETERS = 'profile = "laptop"\nrows = "recorded"\ndevice = "cpu"\n'
 MEASURE = """
 import os, time
@@ -181,9 +183,9 @@ def test_a_task_takes_a_gpu_or_a_node(device, nodes, n_cpus, expected):
 
 
 def test_a_task_measures_what_is_missing_and_is_filed_twice_without_harm(workbook, signs):
-    task, environment = one_task(), dict(os.environ)
+    task, before = one_task(), dict(os.environ)
     whole = remote.measure(task, {}, "abc1234", 3)
-    assert dict(os.environ) == environment and not (workbook / "data").exists()
+    assert dict(os.environ) == before and not (workbook / "data").exists()
     for table, columns, points in whole.recorded[:2]:
         remote.rows.merge(paths.results_dir("smoke") / f"{table}.csv", points, columns)
 
@@ -213,21 +215,28 @@ def test_no_notebook_reads_the_table_of_another():
         assert tables <= {path.name[:2]}, f"{path.name}: tasks would need an order"
 
 
+def patiently(begin, attempts=3):
+    """What `begin` returns: Ray gives a node 30 s to start, which a busy machine may miss."""
+    for _ in range(attempts - 1):
+        try:
+            return begin()
+        except Exception as error:
+            assert "timed out during startup" in str(error), error
+    return begin()
+
+
 @pytest.fixture(scope="module")
 def cluster():
-    """A Ray cluster with a node of one core; nodes join it and leave it."""
+    """A Ray cluster with a node of two cores; others join it and leave it."""
     pytest.importorskip("ray", reason="needs Ray: pip install -e .[ray]")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
-    health = {f"health_check_{key}": value for key, value in dict(period_ms=500, failure_threshold=2).items()}
-    head = dict(NODE, include_dashboard=False, _system_config=health)
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    yield cluster
-    cluster.shutdown()
-
-
-NODE = dict(num_cpus=1, object_store_memory=80 * 2**20)
+    health = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    head = NODE | dict(include_dashboard=False, _system_config=health)
+    with environment(RAY_USAGE_STATS_ENABLED="0"):
+        cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+        yield cluster
+        cluster.shutdown()
 
 
 @pytest.fixture
@@ -237,8 +246,8 @@ def start(workbook, cluster):
 
     def start_driver(*words):
         command = [sys.executable, "-m", "kvlib.run", "--engine", "ray", "--address", cluster.address, "--profile", "smoke"]
-        environment = {k: v for k, v in os.environ.items() if k != "KVLIB_OUTPUT"} | {"PYTHONPATH": str(workbook)}
-        own = dict(cwd=workbook, env=environment, stderr=subprocess.PIPE, text=True)
+        variables = {k: v for k, v in os.environ.items() if k != "KVLIB_OUTPUT"} | {"PYTHONPATH": str(workbook)}
+        own = dict(cwd=workbook, env=variables, stderr=subprocess.PIPE, text=True)
         drivers.append(subprocess.Popen([*command, *words], **own))
         return drivers[-1]
 
@@ -260,7 +269,7 @@ def test_a_node_dies_and_nothing_is_lost_or_doubled(workbook, signs, cluster, st
     write_notebook(workbook, signs, "03_bad", last="1 / 0")
     for name in ("01_one", "02_two"):
         (signs / f"hold {name}").touch()
-    node = cluster.add_node(**NODE)
+    node = patiently(lambda: cluster.add_node(**NODE))
     driver = start("--rows", "missing")
     wait_for(lambda: all((signs / f"{name} 0 2").exists() for name in ("01_one", "02_two")), driver)
     cluster.remove_node(node, allow_graceful=False)  # SIGKILL of its raylet, a task of which is half-way
@@ -281,11 +290,11 @@ def test_a_node_dies_and_nothing_is_lost_or_doubled(workbook, signs, cluster, st
 
 
 def test_a_killed_driver_resumes(workbook, signs, start):
-    words, journal = ("--grid", "seed=0,1", "--rows", "all"), workbook / "data/results/smoke/.run.json"
+    words = "--grid", "seed=0,1", "--rows", "all", "--cpus-per-task", "1"  # two at once, of which one is held
+    journal = workbook / "data/results/smoke/.run.json"
     (signs / "hold 02_two").touch()
     driver = start(*words)
-    finished = ["01_one-seed=0", "01_one-seed=1"]
-    wait_for(lambda: journal.exists() and json.loads(journal.read_text())["finished"] == finished, driver)
+    wait_for(lambda: journal.exists() and len(json.loads(journal.read_text())["finished"]) == 2, driver)
     wait_for((signs / "02_two 0 2").exists, driver)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
@@ -296,7 +305,7 @@ def test_a_killed_driver_resumes(workbook, signs, start):
     _, message = driver.communicate(timeout=240)
     assert driver.returncode == 0 and "2 of 3 notebooks are done" in message and "[3/3] smoke/02_two" in message, message
     assert (workbook / "data/results/smoke/01_points.csv").read_bytes() == before
-    assert list(recorded(workbook, "01_points").value) == [0, 10, 20, 1, 11, 21]
+    assert sorted(recorded(workbook, "01_points").value) == [0, 1, 10, 11, 20, 21]
     assert list(recorded(workbook, "02_points").value) == [0, 10, 20]
     assert all(count == 1 for key, count in measured(signs).items() if key.startswith("01_one"))
     assert not journal.exists()
