@@ -12,6 +12,7 @@ from kvlib.cache.recipe import Recipe
 from kvlib.cache.sharing import composed, owners_of
 from kvlib.cache.table import ROWS_AT_ONCE
 from kvlib.kernels.operand import DENSE, PAGE_TOKENS
+from kvlib.model.weights import count_weights
 
 FEWEST_FILED = 512  # tokens of all sequences that are filed at once, be it a piece of a prompt
 FREE_PAGE_BYTES = 56  # of each page that is not yet taken, in the pool's lists of numbers; measured
@@ -20,7 +21,10 @@ ENDLESS_TOKENS = 2**40
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The dimensions that bytes and FLOPs follow from. `n_params` counts tied matrices once."""
+    """The dimensions that bytes and FLOPs follow from. `n_params` counts tied matrices once.
+
+    `param_bytes` is what a weight takes on average where they are quantised; None: as much as a number in `dtype`.
+    """
 
     n_layers: int
     n_heads: int
@@ -33,11 +37,13 @@ class ModelSpec:
     n_params: int
     dtype: torch.dtype
     layer_owners: tuple[int, ...] | None = None  # of a model that was trained to share keys and values
+    param_bytes: float | None = None
 
     @classmethod
     def of(cls, model) -> "ModelSpec":
         """The dimensions of a transformers model (GPT-2, Llama, Qwen2)."""
         config, gpt2 = model.config, model.config.model_type == "gpt2"
+        n_params, weight_bytes = count_weights(model)
         return cls(
             n_layers=config.num_hidden_layers,
             n_heads=config.num_attention_heads,
@@ -47,10 +53,16 @@ class ModelSpec:
             mlp_hidden=(config.n_inner or 4 * config.n_embd) if gpt2 else config.intermediate_size,
             mlp_matrices=2 if gpt2 else 3,
             vocabulary=config.vocab_size,
-            n_params=sum(p.numel() for p in model.parameters()),
+            n_params=n_params,
             dtype=model.dtype,
             layer_owners=getattr(config, "layer_owners", None),
+            param_bytes=weight_bytes / n_params if weight_bytes != n_params * model.dtype.itemsize else None,
         )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the weights take, as they are held."""
+        return round(self.n_params * (self.param_bytes or self.dtype.itemsize))
 
     @property
     def projection_params(self) -> int:
@@ -218,7 +230,7 @@ def decode_step_bytes(spec: ModelSpec, method: str, batch: int, context: int, **
     the dequantised copy, which is counted: codes in, copy out, copy in again. Pages are counted as a kernel that reads codes
     would read them: every held byte once.
     """
-    weights = (spec.n_params + maps_params(spec, method)) * spec.dtype.itemsize
+    weights = spec.weight_bytes + maps_params(spec, method) * spec.dtype.itemsize
     chosen = get_method(method)
     if chosen.store is None:
         return weights
