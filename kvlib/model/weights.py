@@ -29,7 +29,8 @@ def build_random(config: dict, dtype: torch.dtype, device: str, weight_bits: int
     if not weight_bits:
         return network
     output = network.get_output_embeddings()
-    for name, module in list(network.named_modules()):
+    for name in [name for name, _ in network.named_modules()]:  # a list of modules would keep what is replaced
+        module = network.get_submodule(name)
         module.to_empty(device=device, recurse=False)
         network._init_weights(module)
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output:
