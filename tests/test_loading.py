@@ -15,7 +15,7 @@ from kvlib.cache.methods import METHODS, build_cache
 from kvlib.measure.memory import peak_bytes
 from kvlib.model import load
 from kvlib.model.weights import build_random, count_weights, spread_out
-from kvlib.spec import ModelSpec, decode_step_bytes
+from kvlib.spec import decode_step_bytes
 
 torch.set_grad_enabled(False)
 WIDE = {  # matrices wide enough to outweigh embeddings and scales
@@ -87,7 +87,7 @@ def test_random_weights_are_made_in_their_dtype_and_reproducible(architecture, b
 
 @pytest.mark.parametrize("bits, most", [(None, 1.25), (4, 0.75)])
 def test_random_weights_never_exist_twice(bits, most):
-    """Over the bytes of bf16 weights: a matrix, 1/144 of them, is made at a time; bitsandbytes needs 64 bytes a weight for it."""
+    """Over the bytes of bf16 weights: one matrix is made at a time, a 144th; bitsandbytes takes 64 bytes a weight for it."""
     config = WIDE["llama"] | dict(num_hidden_layers=32)
     build_random(WIDE["llama"], torch.bfloat16, "cpu", bits)  # libraries are loaded
     n = count_weights(build_random(config, torch.bfloat16, "meta"))[0]
@@ -120,7 +120,7 @@ def test_a_spread_model_gives_the_same_logits_and_keeps_its_layers_stores(folder
 def test_methods_that_read_across_devices_are_refused_on_several():
     network = tiny_network("llama")
     network.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
-    for name, method in METHODS.items():
+    for name in METHODS:
         if name in ("v0", "v1", "v2", "v2-bnb"):
             build_cache(name, network)
         else:

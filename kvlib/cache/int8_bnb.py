@@ -1,8 +1,8 @@
 """INT8 by bitsandbytes: its blockwise codes in place of ours, to see what a library's codec gives without fused attention.
 
 A block is one token's vector of one KV head, so that tokens are appended and dropped exactly. The 256 values of a code are
-dense around zero instead of evenly spaced (Dettmers 2015, arXiv 1511.04561): of a block's largest magnitude, small numbers are off
-by little and large ones by up to 0.7 %, where evenly spaced ones are all off by up to 0.4 %.
+dense around zero instead of evenly spaced (Dettmers 2015, arXiv 1511.04561): of a block's largest magnitude, small numbers are
+off by little and large ones by up to 0.7 %, where evenly spaced ones are all off by up to 0.4 %.
 """
 
 import functools

@@ -143,15 +143,15 @@ def build_cache(
 
 
 def check_devices(name: str, model: PreTrainedModel | PretrainedConfig) -> None:
-    """Raise ValueError for a method whose layers share a pool, a store or kernels, if the model's layers are on several devices.
+    """Raise ValueError for a method whose layers share a pool, stores or kernels, if the model's are on several devices.
 
-    What accelerate keeps on the host or disk computes on the GPU.
+    Layers that accelerate keeps on the host or disk compute on the GPU.
     """
     gpus = set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}
     method = get_method(name)
     if len(gpus) > 1 and (method.layer_map != "own" or not issubclass(method.store, BufferedStore)):
         alone = [n for n, m in METHODS.items() if m.layer_map == "own" and m.store and issubclass(m.store, BufferedStore)]
-        raise ValueError(f"{name}: this model is on several devices, where layers cannot share anything; use {', '.join(alone)}.")
+        raise ValueError(f"{name}: this model is on several devices, where layers share nothing; use {', '.join(alone)}.")
 
 
 def make_layer(stores: dict[int, object], layer: int, owner: int, half: str, maps) -> KVLayer:

@@ -15,11 +15,7 @@ def check_folder(folder: Path) -> Path:
 
     Weights in pickled files and code in the folder are refused: neither is ever executed.
     """
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        own = "; it brings code of its own (auto_map), which is never run" if "auto_map" in config else ""
-        raise ValueError(f"{folder}: expected a model_type that transformers knows, got {kind!r}{own}; name another model.")
+    read_config(folder)
     present = {file.name for file in folder.glob("*.safetensors")}
     needed = set(read_json(folder / INDEX).get("weight_map", {}).values()) if (folder / INDEX).is_file() else {WEIGHTS}
     if missing := sorted(needed - present):
@@ -30,6 +26,16 @@ def check_folder(folder: Path) -> Path:
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise ValueError(f"{folder}: no tokenizer here to read text with; copy {TOKENIZERS[0]} to the folder.")
     return folder
+
+
+def read_config(folder: Path) -> dict:
+    """The config of the model in a folder. Raises ValueError for an architecture that transformers does not know."""
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        own = "; it brings code of its own (auto_map), which is never run" if "auto_map" in config else ""
+        raise ValueError(f"{folder}: expected a model_type that transformers knows, got {kind!r}{own}; name another model.")
+    return config
 
 
 def read_json(file: Path) -> dict:

@@ -20,7 +20,7 @@ from kvlib.cache.attention import attention_backend
 from kvlib.kernels.backend import pick_backend
 from kvlib.model.bundled import RECIPES
 from kvlib.model.corpus import END_OF_TEXT, held_out_text
-from kvlib.model.folder import check_bundle, check_folder
+from kvlib.model.folder import check_bundle, check_folder, read_config
 from kvlib.model.published import PUBLISHED
 from kvlib.model.weights import build_random, quantisation, read_weights, spread_out
 from kvlib.spec import ModelSpec
@@ -95,7 +95,7 @@ def save(network: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
 class Model:
     """A model to measure, opened but not yet loaded: weights are read when `network` is first used.
 
-    `source` is a folder or hub name, or None for random weights in published dimensions; `weights` says which, in the
+    `source` is a folder or hub name, or None for random weights in the `dimensions` of a config; `weights` says which, in the
     word that every row records: trained-small, pretrained or random. `weight_bits` is 8 or 4 where bitsandbytes holds them;
     then the name ends in it, so that no row is taken for one of another precision. `spread` puts layers on all GPUs.
     """
@@ -108,22 +108,18 @@ class Model:
     seed: int = 0
     weight_bits: int | None = None
     spread: bool = False
+    dimensions: dict | None = None
 
     @cached_property
     def network(self) -> PreTrainedModel:
         """The transformers model, in evaluation mode on its device."""
         if self.source is None:
             torch.manual_seed(self.seed)
-            network = build_random(self.published, self.dtype, "cpu" if self.spread else self.device, self.weight_bits)
+            network = build_random(self.dimensions, self.dtype, "cpu" if self.spread else self.device, self.weight_bits)
             network = spread_out(network) if self.spread else network
         else:
             network = read_weights(self.source, self.dtype, "auto" if self.spread else self.device, self.weight_bits)
         return network.eval().requires_grad_(False)
-
-    @property
-    def published(self) -> dict:
-        """The dimensions of a model with random weights."""
-        return PUBLISHED[split_bits(self.name)[0]]
 
     @property
     def config(self) -> PretrainedConfig:
@@ -131,7 +127,7 @@ class Model:
         if "network" in vars(self):
             return self.network.config
         if self.source is None:
-            return AutoConfig.for_model(**self.published)
+            return AutoConfig.for_model(**self.dimensions)
         return AutoConfig.from_pretrained(self.source, trust_remote_code=False)
 
     @cached_property
@@ -197,9 +193,9 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", seed: in
     """Find a model by bundled name, local folder, or hub name, and check all that can be checked before long work.
 
     A name in `PUBLISHED` whose weights cannot be had gets random ones, and says so: good for time and bytes only. "random:"
-    before the name asks for them; "@8bit" or "@4bit" behind it for weights of so many bits. The device "map" spreads the layers
-    over all GPUs, and the host where these do not suffice. Raises ValueError for a missing or corrupt checkpoint, a device or
-    dtype that is not here, or an unknown name.
+    before it, or before a folder with a config.json, asks for them. "@8bit" or "@4bit" behind a name is for weights of so many
+    bits. The device "map" spreads the layers over all GPUs, and the host where these do not suffice. Raises ValueError for a
+    missing or corrupt checkpoint, a device or dtype that is not here, or an unknown name.
     """
     found = dict(device=pick_device(device), spread=device == SPREAD, seed=seed)
     found["dtype"] = pick_dtype(dtype, found["device"])
@@ -209,9 +205,13 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", seed: in
     if plain in RECIPES:
         return Model(name, str(check_bundle(paths.MODELS / plain)), "trained-small", **found)
     if plain.startswith(RANDOM):
-        if plain.removeprefix(RANDOM) not in PUBLISHED:
-            raise ValueError(f"model_name: expected {RANDOM} before one of {', '.join(PUBLISHED)}; got {name!r}.")
-        return Model(name.removeprefix(RANDOM), None, "random", **found)
+        plain = plain.removeprefix(RANDOM)
+        if plain in PUBLISHED:
+            return Model(plain + ending, None, "random", **found, dimensions=PUBLISHED[plain])
+        if os.path.sep in plain and Path(plain).is_dir():
+            folder = Path(plain).resolve()
+            return Model(folder.name + ending, None, "random", **found, dimensions=read_config(folder))
+        raise ValueError(f"model_name: expected {RANDOM} before a folder or one of {', '.join(PUBLISHED)}; got {name!r}.")
     if os.path.sep in plain and Path(plain).is_dir():
         folder = check_folder(Path(plain).resolve())
         return Model(folder.name + ending, str(folder), "pretrained", **found)
@@ -224,7 +224,7 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "auto", seed: in
             "name a folder that holds config.json and *.safetensors."
         )
     print(f"{name}: from the hub {reason}, so its weights are random: time and bytes only, no quality.", flush=True)
-    return Model(name, None, "random", **found)
+    return Model(name, None, "random", **found, dimensions=PUBLISHED[plain])
 
 
 def why_not_from_hub(name: str) -> str | None:
