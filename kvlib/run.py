@@ -50,8 +50,8 @@ def parser() -> Parser:
     add("--rows", default="recorded", choices=("recorded", "missing", "all"),
         help="draw recorded rows, measure the missing ones too, or measure all anew (%(default)s)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="parameters; values are YAML")
-    add("--device", help="short for --set device=...: auto, cpu or cuda")
-    add("--model", help="short for --set model_name=...: a bundled model, a folder or a hub name")
+    add("--device", help="short for --set device=...: auto, cpu, cuda or map (all GPUs)")
+    add("--model", help="short for --set model_name=...: a bundled model, a folder or a hub name, with @8bit or @4bit")
     add("--output", type=Path, help="where results, figures and notebooks go (the repository, or $KVLIB_OUTPUT)")
     add("--fresh", action="store_true", help="with --rows all: start over instead of resuming an unfinished run")
     add("--list", action="store_true", help="show notebooks, their parameters and the profiles, then leave")

@@ -9,7 +9,9 @@ import torch
 from conftest import TINY, tiny_network
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError
+from transformers import DynamicCache
 
+from kvlib.cache import attention
 from kvlib.cache.attention import attention_through_cache
 from kvlib.cache.methods import METHODS, build_cache
 from kvlib.measure.memory import peak_bytes
@@ -194,3 +196,28 @@ def test_bits_gated_names_and_names_without_safetensors_are_refused_by_name(monk
     monkeypatch.setattr(HfApi, "model_info", lambda *a, **k: SimpleNamespace(gated=False, siblings=[file]))
     with pytest.raises(ValueError, match="someone/old.*no safetensors"):
         load.open_model("someone/old")
+
+
+def test_flash_attention_serves_the_cache_and_the_model_without_one(monkeypatch):
+    """Where flash-attn is there, v0, transformers' caches, and v1 all use it, as their rows say."""
+    calls = []
+
+    def flash(query, key, value, softmax_scale, causal):
+        calls.append(causal)
+        rows = (x.transpose(1, 2) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *rows, is_causal=query.shape[1] > 1, scale=softmax_scale, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    network, ids = tiny_network("llama"), torch.randint(1, 128, (1, 20), generator=torch.Generator().manual_seed(0))
+    expected = network(ids).logits
+    monkeypatch.setattr(attention, "attention_backend", lambda device, dtype: "flash_attention_2")
+    monkeypatch.setattr(attention, "flash_attention", lambda: flash)
+    for cache in (None, DynamicCache(), build_cache("v1", network)):
+        calls.clear()
+        with attention_through_cache(network):
+            parts = [ids] if cache is None else [ids[:, :-1], ids[:, -1:]]
+            logits = [network(part, past_key_values=cache, use_cache=cache is not None).logits for part in parts][-1]
+        torch.testing.assert_close(logits[:, -1], expected[:, -1], rtol=0, atol=1e-4)
+        assert len(calls) == 4 * len(parts)
