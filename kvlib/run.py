@@ -40,8 +40,8 @@ def parser() -> Parser:
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="parameters; values are YAML")
     add("--grid", nargs="+", action="extend", default=[], metavar="NAME=V1,V2",
         help="every combination of these values; a notebook without the parameter runs once")
-    add("--device", help="short for --set device=...: auto, cpu or cuda")
-    add("--model", help="short for --set model_name=...: a bundled model, a folder or a hub name")
+    add("--device", help="short for --set device=...: auto, cpu, cuda or map (all GPUs)")
+    add("--model", help="short for --set model_name=...: a bundled model, a folder or a hub name, with @8bit or @4bit")
     add("--output", type=Path, help="where results, figures and notebooks go (the repository, or $KVLIB_OUTPUT)")
     add("--fresh", action="store_true", help="start over instead of resuming an unfinished --rows all or --engine ray")
     add("--engine", default="local", choices=("local", "ray"), help="here, one by one, or on a Ray cluster (%(default)s)")

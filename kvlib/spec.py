@@ -186,7 +186,7 @@ def decode_step_bytes(spec: ModelSpec, method: str, batch: int, context: int, **
     the dequantised copy, which is counted: codes in, copy out, copy in again. Pages are counted as a kernel that reads codes
     would read them: every held byte once.
     """
-    weights = (spec.n_params + maps_params(spec, method)) * spec.dtype.itemsize
+    weights = spec.weight_bytes + maps_params(spec, method) * spec.dtype.itemsize
     chosen = get_method(method)
     if chosen.store is None:
         return weights

@@ -262,3 +262,13 @@ def test_without_a_compiler_the_compiled_peer_is_left_out(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert peers_here(["StaticCache", COMPILED], "cpu") == ["StaticCache"]
     assert capsys.readouterr().out == "StaticCache, compiled: left out, a C++ compiler is not here.\n"
+def test_what_a_store_gives_back_is_what_was_put_in_give_or_take(tiny_gpt2):
+    text = held_out_text()
+    rows = {m: errors.measure_stored_error(tiny_gpt2, text, m, 96) for m in ("v1", "v2", "v2-bnb", "v2-fused")}
+    assert set(rows["v1"].values()) == {0.0} and rows["v2"] == pytest.approx(rows["v2-fused"], rel=1e-6)
+    for half in ("keys", "values"):  # at worst half a step: 1/127 evenly spaced, with a scale in bf16, or 1/71 near the largest
+        assert 0.001 < rows["v2"][f"{half}_error"] < 0.02 and 0.001 < rows["v2-bnb"][f"{half}_error"] < 0.03
+        assert rows["v2"][f"{half}_worst"] <= 0.0041 < rows["v2-bnb"][f"{half}_worst"] <= 0.0072
+    for method in ("v0", "kivi-4"):
+        with pytest.raises(ValueError, match=f"one store a layer, got '{method}'"):
+            errors.measure_stored_error(tiny_gpt2, text, method, 96)

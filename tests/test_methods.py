@@ -31,7 +31,7 @@ AMPLE = {name: dict(budget=512, tiers=((16, 1.0),)) for name in EVICTING} | {
     name: dict(tiers=((16, 1.0),)) for name in PAGED if name not in EVICTING
 }
 LOSSLESS = ["v1", *PAGED]
-DENSE_COUNTERPART = {"v2": "v1", "v4": "v3", "v4a": "v3a"}
+DENSE_COUNTERPART = {"v2": "v1", "v2-bnb": "v1", "v4": "v3", "v4a": "v3a"}
 CLOSE = dict(rtol=0, atol=1e-4)
 torch.set_grad_enabled(False)
 

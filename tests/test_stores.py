@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kvlib.cache.attention import dense_attention
 from kvlib.cache.buffer import TokenBuffer
 from kvlib.cache.int8 import NaiveInt8Store
+from kvlib.cache.int8_bnb import BlockwiseInt8Store, codebook
 from kvlib.cache.int8_fused import FusedInt8Store
 from kvlib.cache.quant import dequantize_int8, quantize_int8
 from kvlib.kernels.reference import reference_attention
@@ -127,3 +128,28 @@ def test_dense_attention_against_float64(n_queries, n_heads, n_kv_heads, dtype):
         ours = dense_attention(query, key, value, visible, 32**-0.5)
         floor = torch.finfo(dtype).eps  # of outputs below 1
         assert (ours.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max() + floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 96])
+def test_bitsandbytes_codes_are_off_by_half_a_gap_and_tokens_are_independent(head_dim, dtype):
+    pieces = [torch.randn(2, 2, 3, n, head_dim).to(dtype) for n in (70, 1, 9)]
+    whole, stepwise, naive = BlockwiseInt8Store(), BlockwiseInt8Store(), NaiveInt8Store()
+    x = torch.cat(pieces, 3)
+    whole.append(*x), naive.append(*x)
+    for piece in pieces:
+        stepwise.append(*piece)
+    assert [b.room.dtype for b in whole.buffers] == [torch.uint8, torch.float32] * 2
+    values, gaps = codebook(x.device), codebook(x.device).sort().values.diff()
+    assert 0.014 < gaps.max() < 0.0142  # next to 1; evenly spaced, they would be 2 / 255 = 0.0078
+    bound = x.abs().amax(-1, keepdim=True).float() * gaps.max() / 2 * 1.01 + x.abs() * torch.finfo(dtype).eps
+    for ours, again, exact, limit in zip(whole.read(), stepwise.read(), x, bound):
+        assert ours.dtype == dtype and ours.equal(again)  # a block never holds two tokens
+        assert ((ours.float() - exact.float()).abs() <= limit).all() and values.numel() == 256
+    stepwise.forget(10)
+    assert stepwise.read()[0].equal(whole.read()[0][:, :, :70])
+    stepwise.reset(), stepwise.append(*torch.zeros(2, 1, 2, 3, head_dim))
+    assert stepwise.read()[0].eq(0).all()
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            BlockwiseInt8Store().append(*torch.full((2, 1, 2, 1, head_dim), bad))

@@ -28,7 +28,7 @@ def flash_attention():
 
 
 def attention_backend(device: str, dtype: torch.dtype) -> str:
-    """The dense attention that these tensors get, as rows record it."""
+    """The dense attention that these tensors get where nothing is masked, as rows record it; elsewhere it is torch's SDPA."""
     usable = device == "cuda" and dtype in (torch.float16, torch.bfloat16) and flash_attention()
     return "flash_attention_2" if usable else "sdpa"
 
@@ -160,6 +160,9 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
             "output_attentions: a kvlib cache forms no attention weights; load the model with eager attention."
         )
     if isinstance(key, Tensor):
+        if attention_mask is None and attention_backend(query.device.type, query.dtype) == "flash_attention_2":
+            out = dense_attention(query, key, value, None, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            return out.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
@@ -194,7 +197,7 @@ def attention_through_cache(model: PreTrainedModel) -> Iterator[PreTrainedModel]
     """Inside, the model's attention looks into whatever kvlib cache it is given; outside, it is as it was.
 
     The choice is made on a copy of the config that only this model sees: two models made from one config object share
-    its attention choice. Without a kvlib cache the model computes plain SDPA here.
+    its attention choice. Without a kvlib cache the model computes what `attention_backend` says here.
     """
     configs = [(module, module.config) for module in model.modules() if hasattr(module, "config")]
     private = copy.deepcopy(model.config)

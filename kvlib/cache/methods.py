@@ -11,6 +11,7 @@ from kvlib.cache.architecture import check_model, head_dim, sliding_layers
 from kvlib.cache.buffer import BufferedStore
 from kvlib.cache.dense import DenseStore
 from kvlib.cache.int8 import NaiveInt8Store
+from kvlib.cache.int8_bnb import BlockwiseInt8Store
 from kvlib.cache.int8_fused import FusedInt8Store
 from kvlib.cache.keep import RULES
 from kvlib.cache.paged import PagedStore, paged_stores
@@ -41,6 +42,7 @@ METHODS = {
     "v1": Method("keys and values as they are", DenseStore),
     "v1-paged": paged("keys and values as they are, in pages"),
     "v2": Method("INT8 per token, quantised and dequantised in Python", NaiveInt8Store),
+    "v2-bnb": Method("INT8 per token, bitsandbytes' codec, dequantised at every step", BlockwiseInt8Store),
     "v2-fused": Method("INT8 per token, attention computed on the codes", FusedInt8Store),
     "v3": Method("pairs of layers share the first one's cache", DenseStore, "groups-2"),
     "v4": Method("INT8, shared by pairs of layers", NaiveInt8Store, "groups-2"),
@@ -123,6 +125,7 @@ def build_cache(
         if getattr(config, "layer_owners", None):
             raise ValueError(f"{name}: this model was trained to share keys and values through a cache; use v1.")
         return None
+    check_devices(name, model)
     picked = pick_backend(backend, model.device.type if hasattr(model, "device") else "cpu")
     if method.store is FusedInt8Store and picked == "torch":
         raise ValueError(f"backend: {name} computes attention in kernels; choose some, or use v2.")
@@ -143,6 +146,18 @@ def build_cache(
         SlidingLayer(config.sliding_window) if layer in sliding else make_layer(stores, layer, owner, half, maps.get(layer))
         for layer, owner in enumerate(owners)
     ])  # fmt: skip
+
+
+def check_devices(name: str, model: PreTrainedModel | PretrainedConfig) -> None:
+    """Raise ValueError for a method whose layers share a pool, stores or kernels, if the model's are on several devices.
+
+    Layers that accelerate keeps on the host or disk compute on the GPU.
+    """
+    gpus = set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}
+    method = get_method(name)
+    if len(gpus) > 1 and (method.layer_map != "own" or not issubclass(method.store, BufferedStore)):
+        alone = [n for n, m in METHODS.items() if m.layer_map == "own" and m.store and issubclass(m.store, BufferedStore)]
+        raise ValueError(f"{name}: this model is on several devices, where layers share nothing; use {', '.join(alone)}.")
 
 
 def make_layer(stores: dict[int, object], layer: int, owner: int, half: str, maps) -> KVLayer:

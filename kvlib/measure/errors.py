@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kvlib.cache.attention import attention_through_cache
-from kvlib.cache.methods import build_cache
+from kvlib.cache.methods import build_cache, get_method
 from kvlib.cache.quant import dequantize_int8, quantize_int8
 from kvlib.measure.quality import chunks
 from kvlib.model.load import Model
@@ -44,3 +44,27 @@ def measure_errors(model: Model, text: str, context_tokens: int) -> list[dict]:
                 row = {"layer": layer, "tensor": tensor, "axis": axis, "relative_error": relative_error(x, dim)}
                 rows.append(row | {"outlier_x": outlier})
     return rows
+
+
+def measure_stored_error(model: Model, text: str, method: str, context_tokens: int) -> dict[str, float]:
+    """What a method's store gives back of the keys and values of a text, all layers together.
+
+    -> keys_error and values_error: root-mean-square error over the root-mean-square value; keys_worst and values_worst: the
+    largest error over the largest magnitude of its token and head. Raises ValueError for a method without a store of whole
+    layers.
+    """
+    chosen = get_method(method)
+    if chosen.store is None or chosen.recipe:
+        raise ValueError(f"measure_stored_error: expected a method with one store a layer, got {method!r}; use v1 or v2.")
+    exact, stored = ([], []), ([], [])
+    for pair in keys_and_values(model, text, context_tokens):
+        store = chosen.store(context_tokens)
+        store.append(*pair)
+        for half, (x, read) in enumerate(zip(pair, store.read())):
+            exact[half].append(x.float()), stored[half].append(read.float())
+    row = {}
+    for name, x, read in zip(("keys", "values"), map(torch.stack, exact), map(torch.stack, stored)):
+        error = read - x
+        row[f"{name}_error"] = (error.square().mean() / x.square().mean()).sqrt().item()
+        row[f"{name}_worst"] = (error.abs().amax(-1) / x.abs().amax(-1)).max().item()
+    return row

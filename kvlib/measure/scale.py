@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvlib.dimensions import ModelSpec
-from kvlib.model.load import build
+from kvlib.model.weights import build_random
 from kvlib.spec import decode_step_bytes, decode_step_flops, held_bytes, predicted_max_batch
 
 
@@ -39,8 +39,7 @@ class Service:
 
 def published_spec(config: dict, dtype: torch.dtype = torch.bfloat16) -> ModelSpec:
     """The dimensions of a model that is never loaded; `config` holds `model_type` and what its config.json says."""
-    with torch.device("meta"):
-        return ModelSpec.of(build(config).to(dtype))
+    return ModelSpec.of(build_random(config, dtype, "meta"))
 
 
 def one_gpu(spec: ModelSpec, ways: int) -> ModelSpec:
@@ -75,14 +74,13 @@ def users_per_gpu(
     if not efficiency > 0:
         raise ValueError(f"efficiency: expected the floor over the measured step, above 0; got {efficiency!r}.")
     share = one_gpu(spec, ways)
-    weight_bytes = share.n_params * share.dtype.itemsize
-    users = predicted_max_batch(share, method, context, machine.memory_bytes - weight_bytes, **recipe)
+    users = predicted_max_batch(share, method, context, machine.memory_bytes - share.weight_bytes, **recipe)
     times = step_times(share, machine, method, users, context, **recipe) if users else {"memory": math.nan}
     binds = max(times, key=times.get)
     step_ms = times[binds] / efficiency
     per_user = 1e3 / step_ms if users else 0.0
     each = held_bytes(share, method, 1, context, **recipe)
-    return Service(users, step_ms, per_user, users * per_user, binds, weight_bytes, each)
+    return Service(users, step_ms, per_user, users * per_user, binds, share.weight_bytes, each)
 
 
 def compare(spec: ModelSpec, machine: Machine, rows: list[dict], efficiency: float = 1.0, **recipe) -> list[dict]:

@@ -10,7 +10,8 @@ from kvlib import paths
 from kvlib.measure.quality import measure_quality
 from kvlib.measure.retrieval import measure_needles
 from kvlib.model import corpus
-from kvlib.model.load import Model, open_model, save, sha256
+from kvlib.model.folder import sha256
+from kvlib.model.load import Model, open_model, save
 
 NEEDLE_CONTEXTS = 25  # times 8 notes: 200 questions a length
 

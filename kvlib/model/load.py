@@ -1,11 +1,9 @@
 """Which model: a bundled one, a local folder or hub name, or published dimensions with random weights."""
 
-import contextlib
 import copy
-import hashlib
-import json
 import os
 import platform
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -13,8 +11,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvlib import paths
 from kvlib.cache.architecture import context_limit
@@ -23,24 +22,22 @@ from kvlib.dimensions import ModelSpec
 from kvlib.kernels.backend import pick_backend
 from kvlib.model.bundled import RECIPES
 from kvlib.model.corpus import END_OF_TEXT, held_out_text
+from kvlib.model.folder import check_bundle, check_folder, read_config
+from kvlib.model.published import PUBLISHED
+from kvlib.model.weights import build_random, quantisation, read_weights, spread_out
 
-PUBLISHED = {
-    "gpt2-medium": dict(model_type="gpt2", n_layer=24, n_embd=1024, n_head=16),
-    "Qwen/Qwen2.5-0.5B": dict(
-        model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-        num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
-    ),  # fmt: skip
-}
 RANDOM = "random:"
+SPREAD = "map"
+BITS = re.compile(r"(?P<name>.*)@(?P<bits>\w+)bit")  # "gpt2-medium@4bit"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(device: str = "auto") -> str:
-    """ "cpu" or "cuda"; "auto" takes the GPU where there is one. Raises ValueError for a device that is not here."""
-    if device == "auto":
+    """ "cpu" or "cuda"; "auto" and "map" take the GPU where there is one. Raises ValueError for a device that is not here."""
+    if device in ("auto", SPREAD):
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}.")
+        raise ValueError(f"device: expected auto, cpu, cuda or {SPREAD}, got {device!r}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but torch sees no GPU here; use --device cpu.")
     return device
@@ -81,7 +78,7 @@ def kernels_in_words(device: str) -> str:
 
 def build(config: dict) -> PreTrainedModel:
     """A model of this architecture with random fp32 weights; `config` holds `model_type` and its dimensions."""
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    return build_random(config, torch.float32, "cpu")
 
 
 def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -99,8 +96,9 @@ def save(network: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
 class Model:
     """A model to measure, opened but not yet loaded: weights are read when `network` is first used.
 
-    `source` is a folder or hub name, or None for random weights in published dimensions; `weights` says which, in the
-    word that every row records: trained-small, pretrained or random.
+    `source` is a folder or hub name, or None for random weights in the `dimensions` of a config; `weights` says which, in the
+    word that every row records: trained-small, pretrained or random. `weight_bits` is 8 or 4 where bitsandbytes holds them;
+    then the name ends in it, so that no row is taken for one of another precision. `spread` puts layers on all GPUs.
     """
 
     name: str
@@ -109,18 +107,29 @@ class Model:
     device: str
     dtype: torch.dtype
     seed: int = 0
+    weight_bits: int | None = None
+    spread: bool = False
+    dimensions: dict | None = None
 
     @cached_property
     def network(self) -> PreTrainedModel:
         """The transformers model, in evaluation mode on its device."""
         if self.source is None:
             torch.manual_seed(self.seed)
-            network = build(PUBLISHED[self.name]).to(self.dtype)
+            network = build_random(self.dimensions, self.dtype, "cpu" if self.spread else self.device, self.weight_bits)
+            network = spread_out(network) if self.spread else network
         else:
-            network = AutoModelForCausalLM.from_pretrained(
-                self.source, dtype=self.dtype, use_safetensors=True, trust_remote_code=False
-            )
-        return network.to(self.device).eval().requires_grad_(False)
+            network = read_weights(self.source, self.dtype, "auto" if self.spread else self.device, self.weight_bits)
+        return network.eval().requires_grad_(False)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's config, which needs no weights."""
+        if "network" in vars(self):
+            return self.network.config
+        if self.source is None:
+            return AutoConfig.for_model(**self.dimensions)
+        return AutoConfig.from_pretrained(self.source, trust_remote_code=False)
 
     @cached_property
     def tokenizer(self):
@@ -139,7 +148,7 @@ class Model:
     @property
     def context_limit(self) -> int:
         """Positions that the model has, and its cache is good for."""
-        return context_limit(self.network.config)
+        return context_limit(self.config)
 
     def check_context(self, tokens: int) -> None:
         """Raise ValueError if a context of this many tokens is longer than the model allows."""
@@ -157,74 +166,83 @@ class Model:
         """Token ids of the text that no bundled model was trained on."""
         return self.encode(held_out_text())
 
-    def about(self) -> dict[str, str]:
-        """The provenance that every row carries."""
+    def about(self) -> dict[str, str | int]:
+        """The provenance that every row carries; rows without `weight_bits` held their weights in their dtype."""
+        gpus = torch.cuda.device_count() if self.spread else 1
         return {
             "model": self.name,
             "weights": self.weights,
-            "device": device_name(self.device),
+            "device": f"{gpus} × {device_name(self.device)}" if gpus > 1 else device_name(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "weight_bits": self.weight_bits or 8 * self.dtype.itemsize,
             "attention": attention_backend(self.device, self.dtype),
             "kernels": kernels_in_words(self.device),
         }
+
+
+def split_bits(name: str) -> tuple[str, int | None]:
+    """ "gpt2-medium@4bit" -> ("gpt2-medium", 4); a name without such an ending -> itself, None. Raises ValueError for @3bit."""
+    match = BITS.fullmatch(name)
+    if not match:
+        return name, None
+    if match["bits"] not in ("8", "4"):
+        raise ValueError(f"model_name: expected @8bit or @4bit behind a name, got @{match['bits']}bit in {name!r}.")
+    return match["name"], int(match["bits"])
 
 
 def open_model(name: str, *, device: str = "auto", dtype: str = "auto", seed: int = 0) -> Model:
     """Find a model by bundled name, local folder, or hub name, and check all that can be checked before long work.
 
     A name in `PUBLISHED` whose weights cannot be had gets random ones, and says so: good for time and bytes only. "random:"
-    before the name asks for them.
-    Raises ValueError for a missing or corrupt checkpoint, a device or dtype that is not here, or an unknown name.
+    before it, or before a folder with a config.json, asks for them. "@8bit" or "@4bit" behind a name is for weights of so many
+    bits. The device "map" spreads the layers over all GPUs, and the host where these do not suffice. Raises ValueError for a
+    missing or corrupt checkpoint, a device or dtype that is not here, or an unknown name.
     """
-    device = pick_device(device)
-    found = dict(device=device, dtype=pick_dtype(dtype, device), seed=seed)
-    if name in RECIPES:
-        return Model(name, str(check_bundle(paths.MODELS / name)), "trained-small", **found)
-    if name.startswith(RANDOM):
-        if name.removeprefix(RANDOM) not in PUBLISHED:
-            raise ValueError(f"model_name: expected {RANDOM} before one of {', '.join(PUBLISHED)}; got {name!r}.")
-        return Model(name.removeprefix(RANDOM), None, "random", **found)
-    if os.path.sep in name and Path(name).is_dir():
-        folder = Path(name)
-        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-            raise ValueError(
-                f"{name}: expected a folder with config.json and *.safetensors; this one lacks one of them."
-            )
-        return Model(folder.resolve().name, str(folder.resolve()), "pretrained", **found)
-    if on_hub(name):
-        return Model(name, name, "pretrained", **found)
-    if name not in PUBLISHED:
+    found = dict(device=pick_device(device), spread=device == SPREAD, seed=seed)
+    found["dtype"] = pick_dtype(dtype, found["device"])
+    plain, found["weight_bits"] = split_bits(name)
+    ending = name.removeprefix(plain)
+    quantisation(found["weight_bits"], found["dtype"])
+    if plain in RECIPES:
+        return Model(name, str(check_bundle(paths.MODELS / plain)), "trained-small", **found)
+    if plain.startswith(RANDOM):
+        plain = plain.removeprefix(RANDOM)
+        if plain in PUBLISHED:
+            return Model(plain + ending, None, "random", **found, dimensions=PUBLISHED[plain])
+        if os.path.sep in plain and Path(plain).is_dir():
+            folder = Path(plain).resolve()
+            return Model(folder.name + ending, None, "random", **found, dimensions=read_config(folder))
+        raise ValueError(f"model_name: expected {RANDOM} before a folder or one of {', '.join(PUBLISHED)}; got {name!r}.")
+    if os.path.sep in plain and Path(plain).is_dir():
+        folder = check_folder(Path(plain).resolve())
+        return Model(folder.name + ending, str(folder), "pretrained", **found)
+    reason = why_not_from_hub(plain)
+    if reason is None:
+        return Model(name, plain, "pretrained", **found)
+    if plain not in PUBLISHED:
         raise ValueError(
-            f"model_name: {name!r} is neither bundled ({', '.join(RECIPES)}), nor a local folder, nor a hub name that "
-            "can be reached from here; name a folder that holds config.json and *.safetensors."
+            f"model_name: {name!r} is neither bundled ({', '.join(RECIPES)}), nor a local folder, and from the hub {reason}; "
+            "name a folder that holds config.json and *.safetensors."
         )
-    print(f"{name}: no weights can be had here, so they are random: time and bytes only, no quality.", flush=True)
-    return Model(name, None, "random", **found)
+    print(f"{name}: from the hub {reason}, so its weights are random: time and bytes only, no quality.", flush=True)
+    return Model(name, None, "random", **found, dimensions=PUBLISHED[plain])
 
 
-def on_hub(name: str) -> bool:
-    """True if a model is in the hub's local cache, or the hub answers for it within 5 seconds."""
-    with contextlib.suppress(OSError, ValueError):
+def why_not_from_hub(name: str) -> str | None:
+    """None if a model is in the hub's local cache or can be downloaded; else why not. The hub has 5 seconds to answer."""
+    try:
         AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-        return True
-    with contextlib.suppress(Exception):  # no network, no such model, no access: every version has its own errors
-        HfApi().model_info(name, timeout=5)
-        return True
-    return False
-
-
-def check_bundle(folder: Path) -> Path:
-    """The folder itself, if its checkpoint is there and matches the checksum in its card; else raise ValueError."""
-    weights, card = folder / "model.safetensors", folder / "card.json"
-    if not weights.is_file() or not card.is_file():
-        raise ValueError(
-            f"{folder}: no checkpoint here; restore it from git or run `python -m kvlib.model.train {folder.name}`."
-        )
-    if sha256(weights) != json.loads(card.read_text())["sha256"]:
-        raise ValueError(f"{weights}: corrupt, its checksum differs from the card's; restore it from git.")
-    return folder
-
-
-def sha256(file: Path) -> str:
-    """Hex digest of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+        return None
+    except (OSError, ValueError):
+        pass
+    try:
+        model = HfApi().model_info(name, timeout=5)
+        if model.gated:
+            HfApi().auth_check(name)
+    except GatedRepoError:
+        return "it is gated (accept its licence there, then run `hf auth login`)"
+    except Exception:  # no network, no such model: every version has its own errors
+        return "it cannot be reached"
+    if not any(file.rfilename.endswith(".safetensors") for file in model.siblings or ()):
+        return "it has no safetensors, and nothing else is read"
+    return None

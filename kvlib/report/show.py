@@ -30,6 +30,7 @@ LOOKS = {  # colour and marker; the methods of one notebook stay apart under the
     "v0": ("#7a7a7a", "X"),
     "v1": ("#0072b2", "o"),
     "v2": ("#c44601", "s"),
+    "v2-bnb": ("#7a3b12", "p"),
     "v2-fused": ("#f2ae1c", "D"),
     "v3": ("#1a9850", "^"),
     "v3a": ("#93d6b4", "v"),
