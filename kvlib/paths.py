@@ -21,9 +21,12 @@ def results_dir(profile: str) -> Path:
 
 
 def figures_dir(profile: str) -> Path:
-    """Figures and tables; those of the default profile keep the paper's bare names."""
+    """Figures and tables; those of the default profile keep the paper's bare names.
+
+    Points of a grid draw the same figures: each has a folder of its own, named by $KVLIB_POINT.
+    """
     folder = output_root() / "figures"
-    return folder if profile == "laptop" else folder / profile
+    return (folder if profile == "laptop" else folder / profile) / os.environ.get("KVLIB_POINT", "")
 
 
 def write_aside(path: Path, content: str | bytes) -> None:

@@ -1,5 +1,6 @@
 """What a run does: which notebooks, with which parameters. Everything is checked before anything starts."""
 
+import ast
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -31,6 +32,23 @@ def notebooks() -> dict[str, Path]:
     if not found:
         raise ValueError(f"no notebooks NN_name.ipynb in {paths.NOTEBOOKS}; run from a checkout of the repository.")
     return found
+
+
+def read_defaults() -> dict[str, Parameters]:
+    """{notebook: {parameter: default}} from the cells tagged parameters; raises ValueError unless all are literals."""
+    from papermill import inspect_notebook
+
+    defaults = {name: {} for name in notebooks()}
+    for name, path in notebooks().items():
+        for key, parameter in inspect_notebook(path).items():
+            try:
+                value = ast.literal_eval(parameter["default"])
+            except (ValueError, SyntaxError) as error:
+                raise ValueError(f"{name}: expected a literal for {key}, got {parameter['default']}.") from error
+            defaults[name][key] = list(value) if isinstance(value, tuple) else value
+        if missing := {"profile", "rows", "device"} - defaults[name].keys():
+            raise ValueError(f"{name}: the cell tagged parameters lacks {', '.join(sorted(missing))}.")
+    return defaults
 
 
 def title_and_question(path: Path) -> tuple[str, str]:
@@ -90,15 +108,18 @@ def read_profile(name: str, names: Iterable[str]) -> Profile:
     )
 
 
+def split_assignment(assignment: str, option: str) -> tuple[str, str]:
+    """The name and the text of a word "name=text" of an option; raises ValueError for another form."""
+    name, equals, text = assignment.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"{option}: expected name=value, got {assignment!r}; name notebooks before the options.")
+    return name, text
+
+
 def parse_settings(assignments: list[str]) -> Parameters:
     """{name: value} of words "name=value", the values YAML scalars or lists; raises ValueError for another form."""
-    settings = {}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"--set: expected name=value, got {assignment!r}; name notebooks before the options.")
-        settings[name] = parse_yaml(text, f"--set {name}")
-    return settings
+    named = (split_assignment(assignment, "--set") for assignment in assignments)
+    return {name: parse_yaml(text, f"--set {name}") for name, text in named}
 
 
 def fitted(value: object, default: object, where: str) -> object:
@@ -117,14 +138,24 @@ def fitted(value: object, default: object, where: str) -> object:
     raise ValueError(f"{where}: expected {type(default).__name__}, as in {default!r}, got {value!r}.")
 
 
+def takers(key: str, names: Iterable[str], defaults: dict[str, Parameters], where: str) -> list[str]:
+    """The notebooks among `names` that have the parameter `key`; raises ValueError where none may be given it."""
+    if key in OWN_OPTIONS:
+        raise ValueError(f"{where}: {key} is no free parameter; use --{key}.")
+    if found := [name for name in names if key in defaults[name]]:
+        return found
+    allowed = sorted(set().union(*(defaults[name] for name in names)) - set(OWN_OPTIONS))
+    raise ValueError(f"{where}: unknown parameter {key!r}; expected one of {', '.join(allowed)}.")
+
+
 def make(
     defaults: dict[str, Parameters], words: list[str], profile: Profile, settings: Parameters, rows: str
 ) -> dict[str, Parameters]:
     """{notebook: parameters to inject}, for the notebooks that `words` name or else all of the profile's.
 
     `defaults` are the notebooks' own parameters. Over them go the profile's "all", its section for the notebook, and
-    `settings`, each to the notebooks that have the parameter. Raises ValueError for an unknown notebook or parameter,
-    a value of another type, and a device that is not here.
+    `settings`, each to the notebooks that have the parameter. Raises ValueError for an unknown notebook or parameter
+    and a value of another type.
     """
     chosen = sorted({find(word, profile.notebooks, f"profile {profile.name}") for word in words}) or profile.notebooks
     planned = {name: {"profile": profile.name, "rows": rows} for name in defaults}
@@ -135,17 +166,8 @@ def make(
     ]
     for where, names, given in scopes:
         for key, value in given.items():
-            if key in OWN_OPTIONS:
-                raise ValueError(f"{where}: {key} is no free parameter; use --{key}.")
-            takers = [name for name in names if key in defaults[name]]
-            if not takers:
-                allowed = sorted(set().union(*(defaults[name] for name in names)) - set(OWN_OPTIONS))
-                raise ValueError(f"{where}: unknown parameter {key!r}; expected one of {', '.join(allowed)}.")
-            for name in takers:
+            for name in takers(key, names, defaults, where):
                 planned[name][key] = fitted(value, defaults[name][key], f"{where}: {key}")
-
-    for name in chosen:
-        check_device(planned[name].get("device", defaults[name]["device"]))
     return {name: planned[name] for name in chosen}
 
 

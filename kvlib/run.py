@@ -1,37 +1,25 @@
 """The batch runner: python -m kvlib.run [01 03 ...] [--profile laptop] [--rows recorded|missing|all] [--set x=1 ...].
 
-papermill runs each notebook into a hidden copy beside its target; only a copy that came to its end replaces the target.
+Notebook × profile × point of a grid, one after the other here (`execute`) or at once on a cluster (`--engine ray`).
 """
 
 import argparse
-import ast
-import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 
-from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
-from tqdm import tqdm
-
-from kvlib import paths, plan
+from kvlib import matrix, paths, plan
+from kvlib.execute import CALM, NotebookStopped, RunStopped, environment, execute, say, stopped_in
+from kvlib.journal import open_journals
+from kvlib.matrix import Task
 from kvlib.plan import Parameters
 
-CALM = {  # for the kernels: what is printed and saved is the notebook's own
-    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "PYTHONWARNINGS": "ignore:IProgress not found",
-}
-
-
-class NotebookStopped(Exception):
-    """A notebook raised; the message names the cell, its exception and the copy to read."""
+Finish = Callable[[Task], None]  # called when a task's results are where they belong
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,38 +34,21 @@ def parser() -> Parser:
     p = Parser("python -m kvlib.run", description="Runs the notebooks: redraws or measures all that they show.")
     add = p.add_argument
     add("notebooks", nargs="*", metavar="NOTEBOOK", help="01, 1 or 01_baseline; without any, all of the profile")
-    add("--profile", default="laptop", help="parameters from notebooks/profiles/PROFILE.yaml (%(default)s)")
+    add("--profile", action="append", help="parameters from notebooks/profiles/PROFILE.yaml (laptop); repeatable")
     add("--rows", default="recorded", choices=("recorded", "missing", "all"),
         help="draw recorded rows, measure the missing ones too, or measure all anew (%(default)s)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="parameters; values are YAML")
+    add("--grid", nargs="+", action="extend", default=[], metavar="NAME=V1,V2",
+        help="every combination of these values; a notebook without the parameter runs once")
     add("--device", help="short for --set device=...: auto, cpu or cuda")
     add("--model", help="short for --set model_name=...: a bundled model, a folder or a hub name")
     add("--output", type=Path, help="where results, figures and notebooks go (the repository, or $KVLIB_OUTPUT)")
-    add("--fresh", action="store_true", help="with --rows all: start over instead of resuming an unfinished run")
+    add("--fresh", action="store_true", help="start over instead of resuming an unfinished --rows all or --engine ray")
+    add("--engine", default="local", choices=("local", "ray"), help="here, one by one, or on a Ray cluster (%(default)s)")
+    add("--address", help="of the Ray cluster; without it $RAY_ADDRESS, the one on this machine, or a new one here")
+    add("--cpus-per-task", type=int, metavar="N", help="cores of a Ray task (a GPU's share, or all of the smallest node)")
     add("--list", action="store_true", help="show notebooks, their parameters and the profiles, then leave")
     return p
-
-
-def say(line: str) -> None:
-    """A line of progress, flushed."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def read_defaults() -> dict[str, Parameters]:
-    """{notebook: {parameter: default}} from the cells tagged parameters; raises ValueError unless all are literals."""
-    from papermill import inspect_notebook
-
-    defaults = {name: {} for name in plan.notebooks()}
-    for name, path in plan.notebooks().items():
-        for key, parameter in inspect_notebook(path).items():
-            try:
-                value = ast.literal_eval(parameter["default"])
-            except (ValueError, SyntaxError) as error:
-                raise ValueError(f"{name}: expected a literal for {key}, got {parameter['default']}.") from error
-            defaults[name][key] = list(value) if isinstance(value, tuple) else value
-        if missing := {"profile", "rows", "device"} - defaults[name].keys():
-            raise ValueError(f"{name}: the cell tagged parameters lacks {', '.join(sorted(missing))}.")
-    return defaults
 
 
 def show_list(defaults: dict[str, Parameters]) -> None:
@@ -89,137 +60,56 @@ def show_list(defaults: dict[str, Parameters]) -> None:
         print(f"--profile {name}: {plan.read_profile(name, defaults).description}")
 
 
-def start_time(todo: dict[str, Parameters], state: Path, fresh: bool) -> str:
-    """When this run began, in UTC: now, or when the unfinished run of the same plan did. Older rows do not count."""
-    if state.exists() and not fresh:
-        unfinished = json.loads(state.read_text())
-        if unfinished["plan"] == todo:
-            say(f"resuming the run of {unfinished['started']}: what it measured stands (--fresh starts over)")
-            return unfinished["started"]
-        say(f"starting anew: the unfinished run of {unfinished['started']} had other arguments")
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    paths.write_aside(state, json.dumps({"started": started, "plan": todo}, indent=1) + "\n")
-    return started
+def run_here(tasks: list[Task], total: int, finish: Finish) -> None:
+    """Runs the tasks, the last of a run of `total`, one by one; calls `finish` after each; raises RunStopped if one does."""
+    for number, task in enumerate(tasks, total - len(tasks) + 1):
+        began, label, source = time.perf_counter(), f"[{number}/{total}] {task.label}", plan.notebooks()[task.notebook]
+        try:
+            with environment(KVLIB_POINT=task.point_name):
+                execute(source, task.target, task.failed, task.parameters, task.as_written, label)
+        except NotebookStopped as stopped:
+            raise RunStopped(stopped_in(task.label, str(stopped), stopped.copy)) from stopped
+        finish(task)
+        say(f"{label}: {time.perf_counter() - began:.1f} s, {os.path.relpath(task.target)}")
 
 
 @contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """os.environ with these values, for the kernels to inherit; restored on leaving."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+def engine(args: argparse.Namespace, tasks: list[Task]) -> Iterator[Callable[[list[Task], int, Finish], None]]:
+    """What runs these tasks, here or on a cluster; raises ValueError for a task that it cannot run."""
+    if args.engine == "ray":
+        from kvlib import cluster
 
-
-class OwnKernel(AsyncKernelManager):
-    """A kernel of this very interpreter, whatever kernels the user or the system has installed."""
-
-    def _kernel_spec_manager_default(self) -> KernelSpecManager:
-        return KernelSpecManager(parent=self, kernel_dirs=[])
-
-
-class AboveTheBar:
-    """A stream that shows what a notebook prints, point by point, above the progress bar."""
-
-    def write(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr, end="")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def code_cells(notebook) -> list:
-    """The cells that a kernel runs."""
-    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
-
-
-def tidy(notebook, drop_injected: bool) -> None:
-    """Removes what only this run knew: papermill's notes, times, progress bars; numbers the executions 1 to n."""
-    if drop_injected:
-        notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    notebook.metadata.pop("papermill", None)
-    notebook.metadata.pop("widgets", None)
-    notebook.metadata.language_info.pop("version", None)
-    for cell in notebook.cells:
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
-        if not cell.metadata.get("tags"):
-            cell.metadata.pop("tags", None)
-    for count, cell in enumerate(code_cells(notebook), 1):
-        cell.execution_count = count
-        cell.outputs = [out for out in cell.outputs if not (out.get("name") == "stderr" and "\r" in out.text)]
-        for out in cell.outputs:
-            if "execution_count" in out:
-                out.execution_count = count
-
-
-def blame(copy: Path, error: Exception) -> str:
-    """The cell that stopped a run, by its number in the copy and its first line, and the exception's first line."""
-    import nbformat
-
-    started = [cell for cell in code_cells(nbformat.read(copy, as_version=4)) if cell.metadata.papermill.start_time]
-    name, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
-    where = f"cell {len(started)} ({started[-1].source.splitlines()[0]})" if started else "its kernel"
-    return f"{where}: {name}: {text.strip()}".splitlines()[0]
-
-
-def execute(source: Path, target: Path, failed: Path, parameters: Parameters, drop_injected: bool, label: str) -> None:
-    """Runs `source` and puts the tidied result at `target`.
-
-    Raises NotebookStopped where a cell does; then `target` is as it was and the copy with the traceback is at `failed`.
-    """
-    import nbformat
-    from papermill import PapermillExecutionError, execute_notebook
-
-    copy = target.with_name(f".{target.stem}.running.ipynb")
-    layout = "{desc}, cell {n_fmt}/{total_fmt} |{bar:20}| {elapsed}"
-    kernel = {
-        "kernel_name": "python3", "language": "python", "cwd": source.parent,
-        "kernel_manager_class": OwnKernel, "extra_arguments": ["--log-level=CRITICAL"],
-    }
-    screen = {
-        "progress_bar": {"desc": label, "bar_format": layout, "leave": False, "disable": None},
-        "stdout_file": AboveTheBar() if sys.stderr.isatty() else None,
-    }
-    try:
-        notebook = execute_notebook(source, copy, parameters, **kernel, **screen)
-        tidy(notebook, drop_injected)
-        paths.write_aside(target, nbformat.writes(notebook) + "\n")
-    except (PapermillExecutionError, RuntimeError) as error:  # the kernel that dies raises RuntimeError
-        reason = blame(copy, error)
-        failed.parent.mkdir(parents=True, exist_ok=True)
-        copy.replace(failed)
-        raise NotebookStopped(f"{source.stem} stopped in {reason}\nread {os.path.relpath(failed)}") from error
-    finally:
-        copy.unlink(missing_ok=True)
+        with cluster.joined(tasks, args.address, args.cpus_per_task) as run_there:
+            yield run_there
+    elif args.address or args.cpus_per_task:
+        raise ValueError("--address and --cpus-per-task: expected with a cluster only; add --engine ray.")
+    else:
+        for device in {task.device for task in tasks}:
+            plan.check_device(device)
+        yield run_here
 
 
 def run(args: argparse.Namespace) -> None:
-    """Executes what the command line asks for, with a line for each notebook. Refuses before the first one starts."""
-    defaults = read_defaults()
+    """Executes what the command line asks for, with a line for each task. Refuses before the first one starts."""
+    defaults = plan.read_defaults()
     if args.list:
         return show_list(defaults)
     short = {"device": args.device, "model_name": args.model}
     settings = plan.parse_settings(args.set) | {key: value for key, value in short.items() if value is not None}
-    todo = plan.make(defaults, args.notebooks, plan.read_profile(args.profile, defaults), settings, args.rows)
-    root, committed = paths.output_root(), args.profile == "laptop"
-    folder = root / "notebooks" if committed else root / "notebooks" / "executed" / args.profile
-    plan.check_writable(folder, paths.results_dir(args.profile), paths.figures_dir(args.profile))
-
-    state = paths.results_dir(args.profile) / ".run.json"
-    rows = start_time(todo, state, args.fresh) if args.rows == "all" else args.rows
-    for number, (name, parameters) in enumerate(todo.items(), 1):
-        began, label, target = time.perf_counter(), f"[{number}/{len(todo)}] {name}", folder / f"{name}.ipynb"
-        as_written = all(value == defaults[name][key] for key, value in parameters.items() if key != "rows")
-        failed = root / "notebooks" / "failed" / target.name
-        execute(plan.notebooks()[name], target, failed, parameters | {"rows": rows}, as_written, label)
-        say(f"{label}: {time.perf_counter() - began:.1f} s, {os.path.relpath(target)}")
-    if args.rows == "all":
-        state.unlink(missing_ok=True)
-    if committed and root == paths.ROOT:
+    profiles = [plan.read_profile(name, defaults) for name in args.profile or ["laptop"]]
+    tasks = matrix.tasks(defaults, args.notebooks, profiles, settings, matrix.parse_grid(args.grid), args.rows)
+    with engine(args, tasks) as run_all:
+        recorded = [folder(profile.name) for profile in profiles for folder in (paths.results_dir, paths.figures_dir)]
+        plan.check_writable(*dict.fromkeys([*(task.target.parent for task in tasks), *recorded]))
+        keeps_journal = args.rows == "all" or args.engine == "ray"
+        journals = open_journals(tasks, args.fresh) if keeps_journal else {}
+        todo = [task for task in tasks if not keeps_journal or task.stem not in journals[task.profile].finished]
+        if args.rows == "all":
+            todo = [replace(t, parameters=t.parameters | {"rows": journals[t.profile].started}) for t in todo]
+        run_all(todo, len(tasks), lambda task: journals[task.profile].note(task.stem) if keeps_journal else None)
+        for journal in journals.values():
+            journal.close()
+    if any(task.is_committed for task in tasks) and paths.output_root() == paths.ROOT:
         from kvlib.report.tables import update_readme
 
         update_readme()
@@ -238,7 +128,7 @@ def main(words: list[str]) -> int:
     except ValueError as error:
         say(f"kvlib.run: {' '.join(str(error).split())}")
         return 2
-    except NotebookStopped as error:
+    except RunStopped as error:
         say(f"{error}\n{resume}")
         return 1
     except KeyboardInterrupt:

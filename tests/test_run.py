@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from kvlib import paths, plan, run
+from kvlib.journal import open_journal
 
 PARAMETERS = 'profile = "laptop"  # results go there\nrows = "recorded"\ndevice = "auto"\nmodel_name = "tiny-gpt2"\n'
 PARAMETERS += "lengths: list[int] = [\n    128,  # short\n    256,\n]\n"
@@ -107,7 +108,7 @@ def test_refuses_a_notebook_it_cannot_set(workbook, capsys, source, expected):
 
 
 def test_plan_merges_profile_sections_and_settings(workbook):
-    defaults = run.read_defaults()
+    defaults = plan.read_defaults()
     assert defaults["02_two"]["lengths"] == [128, 256], "comments between the lines of a list are read over"
     smoke = plan.read_profile("smoke", defaults)
     assert plan.make(defaults, ["2", "01", "02_two.ipynb"], smoke, {"budget": "1e-3"}, "missing") == {
@@ -205,10 +206,14 @@ def test_only_the_same_plan_resumes(tmp_path, capsys):
     state, todo = tmp_path / ".run.json", {"01_one": {"profile": "laptop", "lengths": [1], "rate": 0.5}}
     earlier = "2025-01-01T00:00:00+00:00"
     state.write_text(json.dumps({"started": earlier, "plan": todo}))
-    assert run.start_time(todo, state, fresh=False) == earlier
-    assert run.start_time(todo, state, fresh=True) > earlier
+    journal = open_journal(state, todo, fresh=False)
+    assert (journal.started, journal.finished) == (earlier, [])
+    journal.note("01_one")
+    assert open_journal(state, todo, fresh=False).finished == ["01_one"]
+    fresh = open_journal(state, todo, fresh=True)
+    assert fresh.started > earlier and not fresh.finished
     state.write_text(json.dumps({"started": earlier, "plan": todo}))
-    assert run.start_time({"01_one": {"lengths": [2]}}, state, fresh=False) > earlier
+    assert open_journal(state, {"01_one": {"lengths": [2]}}, fresh=False).started > earlier
     assert "had other arguments" in capsys.readouterr().err
 
 
