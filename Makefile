@@ -5,6 +5,7 @@ MODEL ?=
 TORCH ?= 2.13.0
 TRANSFORMERS ?= 5.23.*
 TRITON ?= 3.9.0
+RAY ?= 2.60.0
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -21,9 +22,11 @@ run: $(STAMP)  ## measure everything and rewrite notebooks, figures and tables (
 smoke: $(STAMP)  ## run every notebook at its smallest, into a folder of its own
 	$(BIN)/python -m kvlib.run --profile smoke --rows all --fresh
 
-test: $(STAMP)  ## run the tests (torch's CPU build brings no Triton, whose interpreter some of them use)
+test: $(STAMP)  ## run the tests (some use Triton, which torch's CPU build does not bring, and Ray, which is an extra)
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet "triton==$(TRITON)" \
 		|| echo "make: no Triton for this machine, its tests are skipped" >&2
+	@$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/pip install --quiet "ray==$(RAY)" --constraint requirements.txt \
+		|| echo "make: no Ray for this machine, its tests are skipped" >&2
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)  ## attention kernels against torch's, with ratios and percent of the bandwidth (about 4 minutes)

@@ -6,6 +6,7 @@ rows. Rows of two devices never meet in one frame.
 
 import gc
 import itertools
+import os
 import subprocess
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -91,7 +92,12 @@ def refuse_random_quality(frame: pd.DataFrame, columns: Iterable[str]) -> None:
 
 
 def commit() -> str:
-    """Short hash of the commit, with "+" where code or bundled models differ from it; "unknown" without git."""
+    """Short hash of the commit, with "+" where code or bundled models differ from it; "unknown" without git.
+
+    Code that was sent to another machine has no repository around it: $KVLIB_COMMIT says where it came from.
+    """
+    if sent := os.environ.get("KVLIB_COMMIT"):
+        return sent
     questions = ("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "kvlib", "data/models")
     try:
         head, changes = (

@@ -3,9 +3,13 @@
 import csv
 import io
 import itertools
+import json
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+from filelock import FileLock
 
 from kvlib.paths import write_aside
 
@@ -52,15 +56,30 @@ def load(path: Path) -> list[dict]:
 
 
 def merge(path: Path, fresh: list[dict], columns: Iterable[str]) -> None:
-    """Put the rows of one point, all of one identity, where its old ones were, or at the end of the file."""
-    old, this = load(path), identity(fresh[0], columns)
-    at = next((i for i, row in enumerate(old) if identity(row, columns) == this), len(old))
-    rows = [row for row in old if identity(row, columns) != this]
-    rows[at:at] = fresh
-    header = [c for c in dict.fromkeys(itertools.chain(*rows)) if c not in PROVENANCE] + list(PROVENANCE)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *([_text(row.get(c)) for c in header] for row in rows)])
-    write_aside(path, text.getvalue())
+    """Put the rows of one point, all of one identity, where its old ones were, or at the end of the file.
+
+    One process at a time: a folder's lock makes the others wait. What is merged is also noted in the file $KVLIB_ROWS_LOG,
+    where a run on another machine asks for that: merged again from there, it comes to the same table.
+    """
+    columns = list(columns)
+    with FileLock(path.with_name(".lock")):
+        old, this = load(path), identity(fresh[0], columns)
+        at = next((i for i, row in enumerate(old) if identity(row, columns) == this), len(old))
+        rows = [row for row in old if identity(row, columns) != this]
+        rows[at:at] = fresh
+        header = [c for c in dict.fromkeys(itertools.chain(*rows)) if c not in PROVENANCE] + list(PROVENANCE)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *([_text(row.get(c)) for c in header] for row in rows)])
+        write_aside(path, text.getvalue())
+    if log := os.environ.get("KVLIB_ROWS_LOG"):
+        with Path(log).open("a") as file:
+            file.write(json.dumps([path.stem, columns, fresh]) + "\n")
+
+
+def read_log(path: Path) -> list[tuple[str, list[str], list[dict]]]:
+    """What was merged, in order, as (table, key columns, rows); a last line that was cut off is left out."""
+    text = path.read_text() if path.exists() else ""
+    return [tuple(json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def refuse_unwritable(folder: Path) -> None:
