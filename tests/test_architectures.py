@@ -45,6 +45,8 @@ ARCHITECTURES = {
     "gemma3_text": dict(model_type="gemma3_text", **MIXED),
     "phi3": dict(model_type="phi3", sliding_window=2**18, rope_parameters=HALF_ROTARY),
 }  # fmt: skip
+# Another order of sums may round a number to the neighbouring code.
+QUANTISED = [name for name in CACHED if name.startswith(("v2", "v4", "kivi", "hybrid"))]
 PREFILL, STEPS = 200, 3
 torch.set_grad_enabled(False)
 
@@ -123,8 +125,8 @@ def test_a_left_padded_batch_equals_single_sequences_and_bytes_the_closed_form(n
     for row, ids, cache in ((0, short, caches[1]), (1, long, caches[2])):
         alone = generate(network, ids, cache, **how)
         assert together.sequences[row, PREFILL:].tolist() == alone.sequences[0, ids.shape[1] :].tolist()
-        if name not in ("v2", "v2-fused", "v4", "v4a"):  # codes are rounded alike or to a neighbour, which moves some logits
-            torch.testing.assert_close(logits[:, row], torch.stack(alone.logits)[:, 0], rtol=0, atol=1e-3)
+        apart = (logits[:, row] - torch.stack(alone.logits)[:, 0]).abs()
+        assert apart.mean() < 1e-2 if name in QUANTISED else apart.max() < 1e-3
     for cache, n_sequences in ((caches[0], 2), (caches[2], 1)):
         predicted = predicted_held_bytes(ModelSpec.of(network), name, n_sequences, PREFILL + STEPS - 1, **options)
         assert held_bytes(cache) == predicted, (held_bytes(cache) - predicted, n_sequences)
@@ -235,6 +237,7 @@ def test_crop_is_exact_within_the_window_and_changes_nothing_where_it_is_refused
     pages = build("kivi-4", gemma3)
     pages.activate_past_recording()
     read(gemma3, random_ids(1, 100), pages)
+    pages.crop(0)
     expected = read(gemma3, more, pages.fork())
     with pytest.raises(ValueError, match="newest"):
         pages.crop(-50)
