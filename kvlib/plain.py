@@ -15,7 +15,7 @@ from unittest.mock import MagicMock
 
 from kvlib import paths, plan
 
-DRAWING = ("IPython", "IPython.display", "kvlib.report.figures", "kvlib.report.summary", "kvlib.report.tables")
+DRAWING = ("IPython.display", "kvlib.report.figures", "kvlib.report.summary", "kvlib.report.tables")
 
 
 def code_cells(notebook: Path) -> list[tuple[str, bool]]:

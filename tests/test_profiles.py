@@ -77,7 +77,7 @@ def test_a_load_has_every_column_and_one_that_does_not_fit_is_a_row(tiny_gpt2, t
     def measure(context_tokens: int, batch: int) -> dict:
         if batch == 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 64.00 GiB")
-        return measure_load(tiny_gpt2, "kivi-4", context_tokens, batch, n_steps=3)
+        return measure_load(tiny_gpt2, "kivi-4", context_tokens, batch, n_steps=3, n_prefills=1)
 
     points = [dict(context_tokens=64, batch=batch) for batch in (1, 2, 3)]
     rows = sweep("loads", points, measure, about=tiny_gpt2.about(), profile="test", rows="missing")

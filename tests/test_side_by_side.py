@@ -32,8 +32,8 @@ def recorded(tmp_path, monkeypatch):
 def test_one_profile_is_one_column(recorded):
     table = side_by_side("01_latency", "tpot_ms", "laptop", at="tokens")
     [where] = set(table.columns.get_level_values(0))
-    assert where == "tiny, trained-small, float32, a CPU (laptop), 128 tokens"
-    assert table[where, "TPOT (ms)"].to_dict() == MS["a CPU"]
+    assert where == "tiny, trained-small, float32, a CPU (laptop)"
+    assert table[where, "TPOT (ms) at 128"].to_dict() == MS["a CPU"]
     assert table[where, "over v1"].to_dict() == {"v0": 4, "v1": 1, "v2": 2}
 
 
@@ -44,7 +44,7 @@ def test_two_devices_keep_their_rows_and_ratios_are_within_a_device(recorded):
     table = side_by_side("01_latency", "tpot_ms", "laptop", at="tokens")
     cpu, gpu = dict.fromkeys(table.columns.get_level_values(0))
     assert "a CPU (laptop)" in cpu and "a GPU (gpu)" in gpu and "random" in gpu
-    assert table[gpu, "TPOT (ms)"].dropna().to_dict() == MS["a GPU"]
+    assert table[gpu, "TPOT (ms) at 128"].dropna().to_dict() == MS["a GPU"]
     assert table[gpu, "over v1"].dropna().to_dict() == {"v1": 1, "v2": 0.5} and table[cpu, "over v1"]["v2"] == 2
 
 
@@ -52,14 +52,14 @@ def test_one_profile_measured_on_two_devices_has_two_columns(recorded):
     recorded("laptop", GPU)
     table = side_by_side("01_latency", "held_bytes", "laptop", at="tokens")
     assert len(set(table.columns.get_level_values(0))) == 2
-    assert (table.xs("Held (MiB)", axis=1, level=1).loc["v1"] == 128).all()
+    assert (table.xs("Held (MiB) at 128", axis=1, level=1).loc["v1"] == 128).all()
 
 
 def test_what_ran_out_of_memory_says_so(recorded):
     recorded("gpu", GPU, lost=[("v1", 128)])
     table = side_by_side("01_latency", "tpot_ms", "laptop", at="tokens")
     gpu = table.columns[-1][0]
-    assert table[gpu, "TPOT (ms)"]["v1"] == OUT_OF_MEMORY and table[gpu, "TPOT (ms)"]["v2"] == 1.0
+    assert table[gpu, "TPOT (ms) at 128"]["v1"] == OUT_OF_MEMORY and table[gpu, "TPOT (ms) at 128"]["v2"] == 1.0
     assert table[gpu, "over v1"].isna().all(), "nothing to compare with"
 
 

@@ -8,7 +8,7 @@ TIMES = [f"{time}{end}" for time in ("ttft_ms", "tpot_ms") for end in ("", "_low
 
 
 def measure_load(
-    model: Model, method: str, context_tokens: int, batch: int, n_steps: int = 12, n_prefills: int = 1, **options
+    model: Model, method: str, context_tokens: int, batch: int, n_steps: int = 12, n_prefills: int = 3, **options
 ) -> dict[str, float]:
     """TTFT, TPOT and bytes of `batch` sequences decoded together at the end of so long a context.
 

@@ -30,8 +30,9 @@ def side_by_side(
             longest = rows[rows[at] == rows[at].max()] if at else rows
             found = longest.groupby(index, sort=False)[value].median()
             lost = longest.groupby(index, sort=False)["status"].last() == OUT_OF_MEMORY
-            where = f"{model}, {weights}, {dtype}, {device} ({name})" + (f", {rows[at].max()} {at}" if at else "")
-            columns[where, label] = (found / unit).astype(object).mask(lost, OUT_OF_MEMORY)
+            where = f"{model}, {weights}, {dtype}, {device} ({name})"
+            heading = f"{label} at {rows[at].max()}" if at else label
+            columns[where, heading] = (found / unit).astype(object).mask(lost, OUT_OF_MEMORY)
             columns[where, f"over {over}"] = found / found.get(over, float("nan"))
     if not columns:
         raise ValueError(f'{table}: no profile has rows; measure it with rows="missing".')
