@@ -172,6 +172,7 @@ def test_code_in_a_folder_is_never_run(copied, model_type):
     classes = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model", "AutoTokenizer": "mine.Tokenizer"}
     (copied / "config.json").write_text(json.dumps(config | {"auto_map": classes, "model_type": model_type}))
     if model_type == "llama":  # transformers has that class itself
+        assert load.open_model(f"random:{copied}@8bit", device="cpu").name == "mine@8bit"
         model = load.open_model(str(copied), device="cpu")
         assert model.encode("x = 1") and "transformers" in type(model.network).__module__
     else:
@@ -181,6 +182,8 @@ def test_code_in_a_folder_is_never_run(copied, model_type):
 
 
 def test_bits_gated_names_and_names_without_safetensors_are_refused_by_name(monkeypatch):
+    with pytest.raises(ValueError, match="random: before a folder or one of gpt2-medium"):
+        load.open_model("random:gpt2-huge")
     for name in ("tiny-gpt2@3bit", "random:gpt2-medium@16bit"):
         with pytest.raises(ValueError, match="expected @8bit or @4bit"):
             load.open_model(name)

@@ -43,7 +43,8 @@ def test_a_chat_model_from_a_folder_goes_through_retrieval(folder, tmp_path):
     record = dict.fromkeys(FIELDS, "some words") | dict.fromkeys(CHOICE_FIELDS, "one")
     record |= {"_id": "1", "difficulty": "easy", "length": "short", "answer": "A", "context": "word " * 300}
     (tmp_path / "questions.jsonl").write_text(json.dumps(record) + "\n")
-    chat = [f"questions={tmp_path / 'questions.jsonl'}", "ruler_examples=1", "methods=[v1, kivi-4]", "rules=[keydiff]"]
+    chat = [f"questions={tmp_path / 'questions.jsonl'}", "ruler_examples=1", "methods=[v1, kivi-4]"]
+    chat += ["rules=[keydiff]", "precisions=[4]", "budgets=[0.6]"]
     words = ["04", *QUICK, "--model", str(folder), "--output", str(tmp_path), "--set", *chat]
     assert main(words) == 0
     for table in ("04_longbench", "04_ruler", "04_quality", "04_front"):

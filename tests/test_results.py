@@ -257,3 +257,13 @@ def test_redrawing_is_quick():
     began = time.perf_counter()
     assert len(run(points=points)) == 400
     assert time.perf_counter() - began < 1
+
+
+def test_rows_of_quantised_weights_stay_apart_and_older_rows_without_their_bits_are_found():
+    old, held = LAPTOP | {"model": "mine"}, LAPTOP | {"model": "mine@4bit", "weight_bits": 4}
+    run(Measure(), "missing", about=old)
+    run(about=old | {"weight_bits": 32}, mode="missing")  # measured before the column was there
+    quantised = run(Measure(held_bytes=1), "missing", about=held)
+    assert set(quantised.model) == {"mine@4bit"} and set(quantised.weight_bits) == {4}
+    again = run(about=old | {"weight_bits": 32})
+    assert set(again.model) == {"mine"} and again.weight_bits.isna().all() and 1 not in set(again.held_bytes)
