@@ -114,22 +114,18 @@ def test_gemma2_without_softcapped_logits_equals_its_own_cache():
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_a_left_padded_batch_equals_single_sequences_and_bytes_the_closed_form(network, name):
+def test_a_left_padded_sequence_equals_itself_alone_and_bytes_the_closed_form(network, name):
     options, short, long = TIGHT.get(name, {}), random_ids(1, PREFILL - 30, seed=1), random_ids(1, PREFILL, seed=2)
     how = dict(return_dict_in_generate=True, output_logits=True)
-    caches = [build(name, network, capacity_tokens=PREFILL + STEPS - 1, **options) for _ in range(3)]
-    batch = padded(short, long)
-    together = generate(network, batch["ids"], caches[0], attention_mask=batch["attention_mask"], **how)
+    batch, alone = (build(name, network, capacity_tokens=PREFILL + STEPS - 1, **options) for _ in range(2))
+    together = generate(network, cache=batch, **padded(short, long), **how)
+    by_itself = generate(network, short, alone, **how)
+    assert together.sequences[0, PREFILL:].tolist() == by_itself.sequences[0, PREFILL - 30 :].tolist()
     logits = torch.stack(together.logits)
-    assert logits.isfinite().all()
-    for row, ids, cache in ((0, short, caches[1]), (1, long, caches[2])):
-        alone = generate(network, ids, cache, **how)
-        assert together.sequences[row, PREFILL:].tolist() == alone.sequences[0, ids.shape[1] :].tolist()
-        apart = (logits[:, row] - torch.stack(alone.logits)[:, 0]).abs()
-        assert apart.mean() < 1e-2 if name in QUANTISED else apart.max() < 1e-3
-    for cache, n_sequences in ((caches[0], 2), (caches[2], 1)):
-        predicted = predicted_held_bytes(ModelSpec.of(network), name, n_sequences, PREFILL + STEPS - 1, **options)
-        assert held_bytes(cache) == predicted, (held_bytes(cache) - predicted, n_sequences)
+    apart = (logits[:, 0] - torch.stack(by_itself.logits)[:, 0]).abs()
+    assert logits.isfinite().all() and (apart.mean() < 1e-2 if name in QUANTISED else apart.max() < 1e-3)
+    spec = ModelSpec.of(network)
+    assert held_bytes(batch) == predicted_held_bytes(spec, name, 2, PREFILL + STEPS - 1, **options)
 
 
 class SharedCache(DynamicCache):
