@@ -52,7 +52,8 @@ class CompiledDecoder(Decoder):
         if not isinstance(n_seen, Tensor):  # an empty cache
             return self.read()
         torch.compiler.cudagraph_mark_step_begin()
-        new, positions = self.ids[:, -1:].contiguous(), n_seen.repeat(len(self.ids), 1)
+        new = self.ids[:, -1:].clone(memory_format=torch.contiguous_format)  # strides that grow with ids would recompile
+        positions = n_seen.repeat(len(self.ids), 1)
         self.append(self.compiled(new, past_key_values=self.cache, position_ids=positions, logits_to_keep=1).logits)
 
 
