@@ -5,8 +5,6 @@ its own, and draws nothing: rows land in data/results, from which kvlib.run draw
 """
 
 import argparse
-import ast
-import json
 import multiprocessing
 import os
 import sys
@@ -18,24 +16,10 @@ from kvlib import paths, plan
 DRAWING = ("IPython.display", "kvlib.report.figures", "kvlib.report.summary", "kvlib.report.tables")
 
 
-def code_cells(notebook: Path) -> list[tuple[str, bool]]:
-    """The source of every code cell, and whether it is the one tagged parameters."""
-    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
-    return [("".join(cell["source"]), "parameters" in cell["metadata"].get("tags", [])) for cell in cells]
-
-
-def parameters(notebook: Path) -> plan.Parameters:
-    """{parameter: default} from the cell tagged parameters."""
-    [tagged] = [source for source, is_tagged in code_cells(notebook) if is_tagged]
-    lines = [line for line in ast.parse(tagged).body if isinstance(line, (ast.Assign, ast.AnnAssign))]
-    names = [line.target if isinstance(line, ast.AnnAssign) else line.targets[0] for line in lines]
-    return {name.id: ast.literal_eval(line.value) for name, line in zip(names, lines)}
-
-
 def measure(name: str, notebook: Path, given: plan.Parameters) -> None:
     """Run the cells of one notebook with these parameters; whatever would draw does nothing."""
     sys.modules.update({module: MagicMock() for module in DRAWING})
-    cells, namespace = code_cells(notebook), {}
+    cells, namespace = plan.code_cells(notebook), {}
     last = max((i for i, (source, _) in enumerate(cells) if "sweep(" in source), default=-1)
     for number, (source, is_tagged) in enumerate(cells[: last + 1], 1):
         exec(compile(source, f"{name}, cell {number}", "exec"), namespace)
@@ -54,9 +38,11 @@ def main(words: list[str]) -> int:
     args = parser.parse_intermixed_args(words)
     os.environ["KVLIB_OUTPUT"] = str(args.output.resolve())
     try:
-        defaults = {name: parameters(path) for name, path in plan.notebooks().items()}
+        defaults = plan.read_defaults()
         profile = plan.read_profile(args.profile, defaults)
         todo = plan.make(defaults, args.notebooks, profile, plan.parse_settings(args.set), args.rows)
+        for name, given in todo.items():
+            plan.check_device(given.get("device", defaults[name]["device"]))
         plan.check_writable(paths.results_dir(args.profile))
     except ValueError as error:
         print(f"kvlib.plain: {error}", file=sys.stderr)

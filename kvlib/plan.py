@@ -1,6 +1,7 @@
 """What a run does: which notebooks, with which parameters. Everything is checked before anything starts."""
 
 import ast
+import json
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -34,18 +35,23 @@ def notebooks() -> dict[str, Path]:
     return found
 
 
+def code_cells(path: Path) -> list[tuple[str, bool]]:
+    """The source of every code cell, and whether it is the one tagged parameters."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    return [("".join(cell["source"]), "parameters" in cell["metadata"].get("tags", [])) for cell in cells]
+
+
 def read_defaults() -> dict[str, Parameters]:
     """{notebook: {parameter: default}} from the cells tagged parameters; raises ValueError unless all are literals."""
-    from papermill import inspect_notebook
-
     defaults = {name: {} for name in notebooks()}
     for name, path in notebooks().items():
-        for key, parameter in inspect_notebook(path).items():
+        tagged = "\n".join(source for source, is_tagged in code_cells(path) if is_tagged)
+        for line in ast.parse(tagged).body:
+            key = ast.unparse(line.target if isinstance(line, ast.AnnAssign) else line.targets[0])
             try:
-                value = ast.literal_eval(parameter["default"])
-            except (ValueError, SyntaxError) as error:
-                raise ValueError(f"{name}: expected a literal for {key}, got {parameter['default']}.") from error
-            defaults[name][key] = list(value) if isinstance(value, tuple) else value
+                defaults[name][key] = ast.literal_eval(line.value)
+            except ValueError as error:
+                raise ValueError(f"{name}: expected a literal for {key}, got {ast.unparse(line.value)}.") from error
         if missing := {"profile", "rows", "device"} - defaults[name].keys():
             raise ValueError(f"{name}: the cell tagged parameters lacks {', '.join(sorted(missing))}.")
     return defaults

@@ -1,12 +1,14 @@
 """Measuring without Jupyter, on a small notebook: what is run, with which parameters, and what is not."""
 
+import ast
 import json
 import subprocess
 import sys
 
 import pytest
+from papermill import inspect_notebook
 
-from kvlib import paths, plain, plan, run
+from kvlib import paths, plain, plan
 
 PARAMETERS = 'profile: str = "laptop"\nrows = "recorded"\ndevice: str = "auto"\nlengths: list = [1, 2]  # two\n'
 MEASURE = """
@@ -41,7 +43,7 @@ def test_rows_are_measured_with_the_profiles_parameters_and_nothing_is_drawn(wor
 
 def test_a_cell_that_raises_stops_the_run_and_a_bad_command_is_refused(workbook, capfd):
     assert plain.main(["--profile", "small", "--set", "lengths=[]", "device=tpu"]) == 2
-    assert "device: expected auto, cpu or cuda" in capfd.readouterr().err
+    assert "device: expected auto, cpu, cuda or map" in capfd.readouterr().err
     notebook = workbook / "01_one.ipynb"
     notebook.write_text(notebook.read_text().replace("n * n", "n / 0"))
     assert plain.main(["--profile", "small"]) == 1
@@ -49,7 +51,9 @@ def test_a_cell_that_raises_stops_the_run_and_a_bad_command_is_refused(workbook,
 
 
 def test_every_notebooks_parameters_are_read_as_papermill_reads_them():
-    assert {name: plain.parameters(path) for name, path in plan.notebooks().items()} == run.read_defaults()
+    for name, path in plan.notebooks().items():
+        inspected = {key: ast.literal_eval(found["default"]) for key, found in inspect_notebook(path).items()}
+        assert plan.read_defaults()[name] == inspected
 
 
 def test_it_imports_no_jupyter():

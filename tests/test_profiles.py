@@ -10,7 +10,6 @@ from kvlib.measure.loads import measure_load
 from kvlib.measure.scale import published_spec
 from kvlib.model import load
 from kvlib.report.results import OUT_OF_MEMORY, sweep
-from kvlib.run import read_defaults
 
 PROFILES = plan.profile_names()
 ON_GPU = [name for name in PROFILES if name not in ("laptop", "smoke")]
@@ -19,7 +18,7 @@ ON_GPU = [name for name in PROFILES if name not in ("laptop", "smoke")]
 @pytest.fixture(scope="module")
 def planned():
     """{profile: {notebook: all of its parameters}}"""
-    defaults = read_defaults()
+    defaults = plan.read_defaults()
     plans = {name: plan.make(defaults, [], plan.read_profile(name, defaults), {}, "recorded") for name in PROFILES}
     return {name: {nb: defaults[nb] | given for nb, given in made.items()} for name, made in plans.items()}
 

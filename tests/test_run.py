@@ -61,7 +61,7 @@ def read(path):
     (["--set", "lengths=[1, x]"], "--set: lengths: expected int, as in 128, got 'x'"),
     (["--set", "budget=true"], "--set: budget: expected float, as in 0.5, got True"),
     (["--set", "rows=all"], "--set: rows is no free parameter; use --rows"),
-    (["--device", "tpu"], "device: expected auto, cpu or cuda, got 'tpu'"),
+    (["--device", "tpu"], "device: expected auto, cpu, cuda or map, got 'tpu'"),
     (["--output", __file__], f"cannot write to {__file__}/notebooks (Not a directory)"),
 ])
 def test_refuses_a_command(workbook, capsys, words, expected):
@@ -88,7 +88,7 @@ def test_refuses_cuda_where_there_is_none(workbook, capsys, monkeypatch):
     ("all: {budgets: 1.0}\n", "smoke.yaml, all: unknown parameter 'budgets'"),
     ('"01": {budget: 1.0}\n', "smoke.yaml, 01_one: unknown parameter 'budget'"),
     ('"01": {lengths: [1.5]}\n', "smoke.yaml, 01_one: lengths: expected int, as in 128, got 1.5"),
-    ("all: {device: tpu}\n", "device: expected auto, cpu or cuda, got 'tpu'"),
+    ("all: {device: tpu}\n", "device: expected auto, cpu, cuda or map, got 'tpu'"),
 ])
 def test_refuses_a_profile(workbook, capsys, content, expected):
     (paths.PROFILES / "smoke.yaml").write_text(content)
