@@ -333,3 +333,10 @@ def test_a_fork_of_a_mixed_cache_copies_no_key(gemma3):
     read(gemma3, random_ids(1, 64), cache)
     before, twin = held_bytes(cache), cache.fork()
     assert isinstance(twin, KVCache) and held_bytes([cache, twin]) < 1.5 * before
+
+
+@pytest.mark.parametrize("name", ["v2-fused", "kivi-4"])
+def test_heads_that_kernels_cannot_read_are_refused_by_name(name):
+    config = AutoConfig.for_model("llama", hidden_size=160, num_attention_heads=2, num_hidden_layers=1, num_key_value_heads=1)
+    with pytest.raises(ValueError, match="80"):
+        build_cache(name, config)

@@ -129,6 +129,8 @@ def build_cache(
     picked = pick_backend(backend, model.device.type if hasattr(model, "device") else "cpu")
     if method.store is FusedInt8Store and picked == "torch":
         raise ValueError(f"backend: {name} computes attention in kernels; choose some, or use v2.")
+    if (method.recipe or method.store is FusedInt8Store) and (dim := head_dim(config)) > 32 and dim % 32:
+        raise ValueError(f"{name}: it treats 32 channels together, and a head of this model has {dim}; use v2.")
     owners, maps = layer_owners(name, config, layer_map), {}
     if half not in HALVES:
         raise ValueError(f"half: expected one of {', '.join(HALVES)}; got {half!r}.")
