@@ -57,7 +57,7 @@ def measure_stored_error(model: Model, text: str, method: str, context_tokens: i
     if chosen.store is None or chosen.recipe:
         raise ValueError(f"measure_stored_error: expected a method with one store a layer, got {method!r}; use v1 or v2.")
     exact, stored = ([], []), ([], [])
-    for pair in keys_and_values(model, text, context_tokens):
+    for pair in keys_and_values(model, text, context_tokens).values():
         store = chosen.store(context_tokens)
         store.append(*pair)
         for half, (x, read) in enumerate(zip(pair, store.read())):
