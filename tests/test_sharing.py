@@ -28,6 +28,7 @@ from kvlib.measure.sharing import (
 )
 from kvlib.measure.similarity import MEASURES, explained, linear_cka
 from kvlib.model import uptrain
+from kvlib.model.align import ensure_maps
 from kvlib.model.corpus import held_out_text
 from kvlib.spec import ModelSpec, decode_step_flops, maps_params
 from kvlib.spec import held_bytes as predicted_held_bytes
@@ -266,6 +267,18 @@ def test_saved_maps_are_the_same_and_refused_elsewhere(tmp_path, network):
             Alignment.load(file)
     with pytest.raises(ValueError, match="no alignment can be read"):
         build_cache("v3a", network)  # a model without a folder
+
+
+def test_a_model_without_maps_gets_them_fitted_once(tiny_gpt2, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    monkeypatch.setattr(tiny_gpt2.network.config, "_name_or_path", "somebody/from-the-hub")
+    with pytest.raises(ValueError, match="no alignment can be read"):
+        build_cache("v3a", tiny_gpt2.network)
+    file = ensure_maps(tiny_gpt2, n_chunks=1)
+    assert file.is_relative_to(tmp_path) and build_cache("v3a", tiny_gpt2.network).layers[1].maps
+    first = file.stat().st_mtime_ns
+    assert ensure_maps(tiny_gpt2, n_chunks=1) == file and file.stat().st_mtime_ns == first
+    assert ensure_maps(tiny_gpt2, anew=True, n_chunks=1).stat().st_mtime_ns > first
 
 
 def test_the_checksum_of_a_model_is_that_of_its_weights_in_any_dtype():

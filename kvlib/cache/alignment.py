@@ -111,8 +111,9 @@ class Alignment:
 
 
 def file_beside(network: nn.Module, owners: tuple[int, ...], half: str = "both") -> Path:
-    """Where the maps of a model lie: in its own folder."""
-    return Path(network.config._name_or_path) / f"alignment-{half}-{'-'.join(map(str, owners))}.safetensors"
+    """Where the maps of a model lie: in its own folder, or else under data/cache, in one of its checksum."""
+    folder, name = Path(network.config._name_or_path), f"alignment-{half}-{'-'.join(map(str, owners))}.safetensors"
+    return folder / name if (folder / name).is_file() else paths.CACHE / "alignments" / checksum(network)[:16] / name
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:

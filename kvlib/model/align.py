@@ -1,6 +1,7 @@
-"""Align a model to a layer map, maps in its folder: `python -m kvlib.model.align tiny-gpt2 --layer-map groups-2`."""
+"""Align a model to a layer map, and keep the maps: `python -m kvlib.model.align tiny-gpt2 --layer-map groups-2`."""
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +36,14 @@ def align(
     return fit_alignment(model.network, owners, calibration_ids(model, n_chunks, context_tokens, seed), **options)
 
 
+def ensure_maps(model: Model, layer_map: str = "groups-2", *, anew: bool = False, **options) -> Path:
+    """The file of a model's maps; where there is none yet, or `anew`, they are fitted first; options as in `align`."""
+    file = file_beside(model.network, layer_owners("v1", model.network.config, layer_map))
+    if anew or not file.is_file():
+        align(model, layer_map, context_tokens=min(CALIBRATION_TOKENS, model.context_limit), **options).save(file)
+    return file
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="bundled name or folder")
@@ -42,10 +51,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which calibration text is drawn")
     arguments = parser.parse_args()
     model = open_model(arguments.model)
-    alignment = align(model, arguments.layer_map, seed=arguments.seed)
-    file = file_beside(model.network, alignment.owners)
-    alignment.save(file)
-    print(f"{file}: {alignment.n_bytes / 1e6:.2f} MB of maps")
+    file = ensure_maps(model, arguments.layer_map, anew=True, seed=arguments.seed)
+    print(f"{file}: {file.stat().st_size / 1e6:.2f} MB of maps")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--layer-map", default="groups-2", help="groups-N, first-N or the owner of every layer")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="to read in training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--maps-only", action="store_true", help="leave the weights; maps are written to the model's folder")
+    parser.add_argument("--maps-only", action="store_true", help="leave the weights; maps are kept where fitted ones are")
     arguments = parser.parse_args()
     model, options = open_model(arguments.model), dict(tokens=arguments.tokens, seed=arguments.seed)
     if not arguments.maps_only:
