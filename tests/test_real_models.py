@@ -61,6 +61,6 @@ def test_every_notebook_measures_time_and_bytes_of_random_weights_and_says_so(fo
     tables = {path.stem for path in (tmp_path / "data" / "results" / "smoke").glob("*.csv")}
     assert not tables & {"02_quality", "02_errors", "03_quality", "03_cures", "04_quality", "04_front", "06_forgetting"}
     assert {row["weights"] for row in rows_of(tmp_path, "04_decode") + rows_of(tmp_path, "05_serving")} == {"random"}
-    for path in paths.NOTEBOOKS.glob("0[2346]_*.ipynb"):
+    for path in paths.NOTEBOOKS.glob("0[1-6]_*.ipynb"):
         executed = tmp_path / "notebooks" / "executed" / "smoke" / path.name
-        assert "random weights" in executed.read_text().replace("of random weights", "")
+        assert "andom weights" in executed.read_text().replace("of random weights", "")
