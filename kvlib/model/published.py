@@ -32,9 +32,4 @@ PUBLISHED = {
         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768, sliding_window=None, rms_norm_eps=1e-5,
         tie_word_embeddings=False, rope_parameters=dict(rope_type="default", rope_theta=1e6),
     ),
-    "microsoft/Phi-3-mini-4k-instruct": dict(
-        model_type="phi3", vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, sliding_window=2047, rms_norm_eps=1e-5,
-        tie_word_embeddings=False, rope_parameters=dict(rope_type="default", rope_theta=1e4),
-    ),
 }  # fmt: skip
