@@ -98,7 +98,7 @@ def test_random_weights_never_exist_twice(bits, most):
 
 def test_published_dimensions_have_their_published_size_and_context():
     sizes = {"gpt2-medium": 0.355, "Qwen/Qwen2.5-0.5B": 0.494, "Qwen/Qwen2.5-7B-Instruct": 7.62, "Qwen/Qwen3-8B": 8.19,
-        "meta-llama/Llama-3.1-8B-Instruct": 8.03, "mistralai/Mistral-7B-Instruct-v0.3": 7.25,
+        "meta-llama/Llama-3.1-8B-Instruct": 8.03, "mistralai/Mistral-7B-Instruct-v0.3": 7.25}  # fmt: skip
     assert set(sizes) == set(load.PUBLISHED)
     for name, billions in sizes.items():
         network = build_random(load.PUBLISHED[name], torch.bfloat16, "meta")
