@@ -101,7 +101,7 @@ def one_task(**wanted):
     (["--grid", "profile=smoke"], "--grid: profile is no free parameter; use --profile"),
     (["02", "--grid", "seed=0"], "--grid: unknown parameter 'seed'; expected one of device"),
     (["--profile", "smoke", "--profile", "smoke"], "--profile: smoke is named twice"),
-    (["--grid", "device=cpu,tpu"], "device: expected auto, cpu or cuda, got 'tpu'"),
+    (["--grid", "device=cpu,tpu"], "device: expected auto, cpu, cuda or map, got 'tpu'"),
     (["--address", "auto"], "--address and --cpus-per-task: expected with a cluster only; add --engine ray"),
 ])
 def test_refuses_a_matrix(workbook, signs, capsys, words, expected):
@@ -171,7 +171,7 @@ def test_a_resumed_run_leaves_out_what_is_finished(workbook, signs, capsys):
     ("auto", [{"CPU": 8}, {"CPU": 4, "GPU": 1}], 5, "expected at most the 4 cores of a node, got 5"),
     ("auto", [{}], None, "expected at most the 0 cores"),
     ("cuda", [{"CPU": 8}], None, "no node of the cluster has a GPU"),
-    ("tpu", [{"CPU": 8}], None, "device: expected auto, cpu or cuda"),
+    ("tpu", [{"CPU": 8}], None, "device: expected auto, cpu, cuda or map"),
 ])
 def test_a_task_takes_a_gpu_or_a_node(device, nodes, n_cpus, expected):
     task = matrix.Task("01_one", "smoke", {}, {}, device, False)
