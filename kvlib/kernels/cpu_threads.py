@@ -20,4 +20,5 @@ def use_threads(n: int) -> None:
     numba would change at its first start, where both work with one OpenMP."""
     n_torch = torch.get_num_threads()
     numba.set_num_threads(n)
-    torch.set_num_threads(n_torch)
+    if torch.get_num_threads() != n_torch:
+        torch.set_num_threads(n_torch)
