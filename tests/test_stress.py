@@ -13,7 +13,7 @@ from kvlib.cache.methods import build_cache
 from kvlib.cache.pages import PagePool
 from kvlib.cache.quant import dequantize_range, quantize_range
 from kvlib.kernels.operand import PAGE_TOKENS
-from kvlib.measure import codec, forgetting, forks, turns
+from kvlib.measure import choice, codec, forgetting, forks, turns
 from kvlib.measure.decoder import prompt_ids
 from kvlib.measure.neighbours import measure_bystanders, measure_common_pages
 from kvlib.measure.quality import measure_drift
@@ -58,7 +58,7 @@ def test_siblings_share_what_they_have_not_written(tiny_gpt2):
     assert first["own_full_bytes"] == 0 < last["own_full_bytes"]
 
 
-@pytest.mark.parametrize("how", forks.CHOICES)
+@pytest.mark.parametrize("how", choice.CHOICES)
 @pytest.mark.parametrize("method", PAGED)
 def test_the_census_adds_up(tiny_gpt2, method, how):
     rows = forks.measure_siblings(tiny_gpt2, method, 224, 4, 36, how=how, every=20, **PAGED[method])
@@ -74,7 +74,7 @@ def test_the_census_adds_up(tiny_gpt2, method, how):
 def test_beams_that_descend_from_one_share_what_it_wrote(tiny_gpt2):
     n_pages = {
         how: [row["n_pages"] for row in forks.measure_siblings(tiny_gpt2, "kivi-4", 96, 3, 48, how=how, every=2)]
-        for how in forks.CHOICES
+        for how in choice.CHOICES
     }
     assert min(n_pages["beams"][17:]) < min(n_pages["samples"][17:])  # pages filed at step 32, of beams that met again
 
@@ -88,7 +88,7 @@ def test_beams_are_the_best_of_all_continuations():
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     totals, paths = torch.tensor([0.0, -torch.inf, -torch.inf]), [()] * 3
     for step in logits:
-        parents, tokens, totals = forks.best_beams(step, totals, None)
+        parents, tokens, totals = choice.best_beams(step, totals, None)
         paths = [(*paths[p], (p, t)) for p, t in zip(parents.tolist(), tokens.tolist())]
     first = logits[0][0].topk(3)
     everything = [(first.values[p] + logits[1][p, t]).item() for p, t in itertools.product(range(3), range(5))]
