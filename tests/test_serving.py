@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,15 @@ def test_a_burst_and_a_timeline_are_told_in_rows(model, requests, method):
     assert len(turns) == 9 and all(0 <= turn["unfilled_percent"] <= 100 for turn in turns)
     assert all(turn["empty_bytes"] <= turn["used_bytes"] <= turn["taken_bytes"] for turn in turns)
     assert max(turn["used_bytes"] for turn in turns) > 0 and turns[-1]["used_bytes"] == 0
+
+
+BURST = partial(goodput.measure_burst, burst_s=(1, 2))
+
+
+@pytest.mark.parametrize("measure", [goodput.measure_alone, goodput.measure_timeline, BURST])
+def test_a_budget_that_serves_nobody_is_named(model, requests, measure):
+    with pytest.raises(ValueError, match="every request was refused .*exceeds the budget"):
+        measure(model, "v1", requests, budget_bytes=4 * spec.held_bytes(model.spec, "v1", 1, 1))
 
 
 def test_who_gets_other_tokens_than_alone_is_counted(model, requests, monkeypatch):

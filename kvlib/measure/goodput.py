@@ -73,12 +73,20 @@ def tokens_until(server: Server, moment_s: float) -> int:
     return max((turn["n_tokens"] for turn in server.timeline if turn["clock_s"] <= moment_s), default=0)
 
 
+def serve_some(*args, **options) -> Server:
+    """`serve`, raising ValueError where nobody was answered."""
+    server = serve(*args, **options)
+    if all(answer.refused for answer in server.answers):
+        raise ValueError(f"serving: every request was refused ({server.answers[0].refused}); give a larger budget.")
+    return server
+
+
 def measure_alone(model: Model, method: str, requests: list[Request], budget_bytes: int, **options) -> dict[str, int]:
     """Of requests served together, how many get exactly the tokens of the same request served alone.
 
     -> n_requests, n_equal; of those served together, most_running (sequences at once), n_preempted (times) and shared_tokens.
     """
-    together = serve(model, method, requests, budget_bytes, **options)
+    together = serve_some(model, method, requests, budget_bytes, **options)
     tokens = {answer.name: answer.tokens for answer in together.answers}
     alone = [serve(model, method, [request], budget_bytes, **options).answers[0] for request in requests]
     return {
@@ -96,7 +104,7 @@ def measure_burst(
     _p99_, and, over the phase's time, arriving_tokens_per_s (prompts and answers) and tokens_per_s made."""
     with attention_through_cache(model.network):
         warm_up(model, method)
-    server, rows = serve(model, method, requests, budget_bytes, **options), []
+    server, rows = serve_some(model, method, requests, budget_bytes, **options), []
     asked, edges = {r.name: r for r in requests}, [0.0, *burst_s, server.timeline[-1]["clock_s"]]
     for phase, begin, end in zip(("before", "burst", "after"), edges, edges[1:]):
         answers = [a for a in server.answers if begin <= a.arrival_s < end]
@@ -118,7 +126,7 @@ def measure_timeline(
     the bytes taken from the system that holds no token."""
     with attention_through_cache(model.network):
         warm_up(model, method)
-    server = serve(model, method, requests, budget_bytes, **options)
+    server = serve_some(model, method, requests, budget_bytes, **options)
     clocks = [turn["clock_s"] for turn in server.timeline]
     moments = np.linspace(clocks[0], clocks[-1], n_points)
     turns = [server.timeline[i] for i in np.searchsorted(clocks, moments).clip(max=len(clocks) - 1)]
