@@ -85,4 +85,5 @@ def test_a_load_has_every_column_and_one_that_does_not_fit_is_a_row(tiny_gpt2, t
     assert (done.held_bytes == done.predicted_bytes).all() and (done.prefill_peak_bytes >= done.held_bytes).all()
     columns = ["ttft_ms", "tpot_ms", "tokens_per_s", "decode_peak_bytes"]
     assert (done[columns] > 0).all(axis=None) and rows[columns].iloc[1].isna().all()
-    assert sweep("loads", [], measure, about=tiny_gpt2.about(), profile="test", rows="missing").empty, "no points, no rows"
+    with pytest.raises(ValueError, match="expected points"):
+        sweep("loads", [], measure, about=tiny_gpt2.about(), profile="test", rows="missing")

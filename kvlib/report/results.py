@@ -54,13 +54,11 @@ def sweep(
     `measure(**point)` returns the measured columns of a row, or a list of them. `about` gives model, weights, device
     and dtype; a callable is not called for recorded rows. `rows`: "recorded" takes what is there, from the most recent
     device that has every point; "missing" measures what this device lacks; "all" measures everything again; an ISO
-    date-time measures what is older or missing. No points, no rows. Raises ValueError, before measuring, for a broken table
-    file, a folder that cannot be written, or a point that is not recorded.
+    date-time measures what is older or missing. Raises ValueError, before measuring, for no points, a broken table file, a
+    folder that cannot be written, or a point that is not recorded.
     """
     path, since, points = _file(table, profile), _since(rows), list(points)
-    if not points:
-        return pd.DataFrame()
-    if any(set(p) != set(points[0]) for p in points):
+    if not points or any(set(p) != set(points[0]) for p in points):
         raise ValueError(f"{table}: expected points with the same keys, got {points[:2]}; build them with grid().")
     if since is None:
         who = {c: about[c] for c in ("model", "weights") if isinstance(about, dict) and c in about}
